@@ -1,0 +1,61 @@
+"""The training augmentation for a whole batch at once, on the device that holds the images.
+
+It does what torchvision's RandomHorizontalFlip and RandomResizedCrop(size, scale=(0.8, 1), ratio=(0.9, 1.1)) do to
+one image after another. The random numbers are drawn apart from their use: on the CPU, for an epoch at a time, so that
+every machine draws the same ones.
+"""
+
+import math
+
+import torch
+
+SCALE = (0.8, 1.0)  # area of the crop, as a share of the image
+RATIO = (0.9, 1.1)  # width of the crop over its height
+ATTEMPTS = 10  # crops drawn until one fits into the image, as in torchvision
+
+
+def draw_augmentation(count, height, width, generator):
+    """Draw crop boxes and flips for `count` images of `height` x `width` pixels.
+
+    Returns `boxes` int64 [count, 4] = (top, left, height, width), in pixels, and `flips` bool [count].
+    """
+    uniform = torch.rand(2, count, ATTEMPTS, generator=generator)
+    area = height * width * (SCALE[0] + uniform[0] * (SCALE[1] - SCALE[0]))
+    ratio = torch.exp(math.log(RATIO[0]) + uniform[1] * math.log(RATIO[1] / RATIO[0]))
+    crop_height = (area / ratio).sqrt().round().long()  # [count, ATTEMPTS]
+    crop_width = (area * ratio).sqrt().round().long()
+    fits = (crop_height <= height) & (crop_width <= width)
+    first = fits.int().argmax(dim=1, keepdim=True)  # the first crop that fits; where none does, see below
+    any_fits = fits.any(dim=1)
+    crop_height = torch.where(any_fits, crop_height.gather(1, first)[:, 0], height)  # [count]
+    crop_width = torch.where(any_fits, crop_width.gather(1, first)[:, 0], width)
+    offset = torch.rand(2, count, generator=generator)
+    top = (offset[0] * (height - crop_height + 1)).long()
+    left = (offset[1] * (width - crop_width + 1)).long()
+    flips = torch.rand(count, generator=generator) < 0.5
+    return torch.stack([top, left, crop_height, crop_width], dim=1), flips
+
+
+def augment(images, boxes, flips):
+    """Flip the images left to right where `flips` says so, cut out `boxes`, enlarge them to full size again.
+
+    images [B, 3, H, W] with values in 0..255, boxes int64 [B, 4], flips bool [B]; returns float32 [B, 3, H, W] in
+    0..255. The interpolation is bilinear and, as in torchvision, sees nothing outside the crop.
+    """
+    height, width = images.shape[2:]
+    rows = _interpolation(boxes[:, 0], boxes[:, 2], height)  # [B, H, H]
+    columns = _interpolation(boxes[:, 1], boxes[:, 3], width)  # [B, W, W]
+    # The crop is taken from the flipped image: column w of that is column W-1-w of the one at hand.
+    columns = torch.where(flips[:, None, None], columns.flip(2), columns)
+    # Bilinear interpolation is linear in each direction: two matrix products do it for the whole batch.
+    augmented = rows[:, None] @ images.float() @ columns[:, None].transpose(2, 3)
+    return augmented.contiguous(memory_format=torch.channels_last)
+
+
+def _interpolation(start, length, size):
+    """Return [B, size, size]: row i holds the weights of the `size` input pixels in output pixel i."""
+    pixels = torch.arange(size, device=start.device, dtype=torch.float32)
+    start, length = start[:, None].float(), length[:, None].float()
+    source = start + (pixels + 0.5) * length / size - 0.5  # centre of each output pixel, in input pixels
+    source = torch.minimum(torch.maximum(source, start), start + length - 1)
+    return (1 - (source[:, :, None] - pixels).abs()).clamp(min=0)

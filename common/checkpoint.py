@@ -1,0 +1,303 @@
+"""Checkpoints, and the state of a training run on disk: what is saved when, and how a run goes on after a stop.
+
+Two files with different purposes: `<model>.pt`, the best epoch, which tests read; `<model>_last.pt`, the newest state,
+which only a resumed run reads. Both appear whole or not at all.
+"""
+
+import csv
+import dataclasses
+import io
+import os
+import shlex
+import signal
+import sys
+import time
+
+import torch
+from tqdm import tqdm
+
+from common.config import UserError
+from common.data import CIFAR100_MEAN, CIFAR100_STD
+from common.encoder import make_encoder
+from common.files import atomic_file, write_text
+
+FORMAT = "few-shot checkpoint, version 1"
+SAVE_EVERY = 120  # seconds between two saves inside an epoch
+LOG_EVERY = 20  # steps between two looks at the loss: on a GPU a look waits for all the work before it
+MODEL_NAMES = {"protonet": "ProtoNet", "protomaml": "ProtoMAML", "maml": "MAML"}
+# What a resumed run may have otherwise than the run that it continues.
+FREE_TO_CHANGE = ("data_dir", "checkpoint_dir", "device", "epochs", "resume", "overwrite")
+
+
+def save_checkpoint(path, contents):
+    """Write a dict of tensors and plain values to `path` in one piece. Raises UserError where that fails."""
+    buffer = io.BytesIO()
+    torch.save(contents, buffer)
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+        file.write(buffer.getbuffer())
+
+
+def load_checkpoint(path):
+    """Return the checkpoint in `path`, on the CPU: the dict that a training run saved.
+
+    The tutorial author's Lightning files are read as well, and completed with what they leave unsaid: the class split
+    and the normalisation of CIFAR-100. Code inside a file is never run. Raises UserError where the file is missing,
+    damaged, foreign or hostile.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"there is no checkpoint {path}; train one first (python train_protonet.py --help) or pass another file")
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    # torch.load on foreign bytes raises whatever the layer raises that stumbles: pickle, zip, struct, unicode, ...
+    except Exception as error:
+        raise UserError(f"{path} is not a readable checkpoint ({_first_line(error)}); it may be damaged or foreign: train again or pass another file") from error
+    if isinstance(contents, dict) and "pytorch-lightning_version" in contents:
+        contents = _from_lightning(contents, path)
+    _check_contents(contents, path)
+    return contents
+
+
+def encoder_of(checkpoint, path):
+    """Return the encoder of a loaded checkpoint, on the CPU, in eval mode. Raises UserError where the weights do not fit."""
+    try:
+        encoder = make_encoder(**checkpoint["encoder"])
+        encoder.load_state_dict(checkpoint["state_dict"])
+    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
+        raise UserError(f"{path}: the weights do not fit the encoder that it names ({_first_line(error)}); pass a checkpoint of this project or of the tutorial") from error
+    if not all(torch.isfinite(tensor).all() for tensor in encoder.state_dict().values()):
+        raise UserError(f"{path}: the weights hold NaN or infinity; train again or pass another file")
+    return encoder.eval()
+
+
+class TrainingRun:
+    """The state of one training run, kept on disk: weights, optimizer, random numbers, curves, best epoch.
+
+    cfg: the script's Config (dataset, checkpoint_dir, epochs, resume and overwrite are read here).
+    model: "protonet", "protomaml" or "maml". encoder, optimizer: trained in place by the script.
+    generator: where episodes and augmentation are drawn from; put back to the epoch's start when a run goes on inside one.
+    about: what the checkpoints carry besides: encoder arguments, class split, mean, std, data digest.
+
+    Raises UserError where an unfinished run is found and neither resume nor overwrite is given, or where a run cannot
+    be resumed as asked.
+    """
+
+    def __init__(self, cfg, model, encoder, optimizer, generator, about):
+        self.cfg, self.model, self.encoder, self.optimizer, self.generator, self.about = cfg, model, encoder, optimizer, generator, about
+        self.folder = os.path.join(cfg.checkpoint_dir, cfg.dataset)
+        self.best_path = os.path.join(self.folder, f"{model}.pt")
+        self.last_path = os.path.join(self.folder, f"{model}_last.pt")
+        self.csv_path = os.path.join(self.folder, f"{model}.csv")
+        self.epoch, self.step = 0, 0  # epochs done; steps done of the epoch after these
+        # Over the steps of this epoch: sum of the losses, sum of the accuracies, steps until the first loss that is not finite.
+        self.sums = torch.zeros(3, dtype=torch.float64)
+        self.history = []  # one dict per epoch, the rows of the CSV
+        self.best = None  # the row of the best epoch so far
+        self.epoch_start = generator.get_state()
+        self.signal = None  # number of the signal that asked the run to stop
+        self._begin()
+
+    def epochs(self):
+        """Yield the numbers of the epochs still to do, from 0; SIGINT and SIGTERM are handled meanwhile."""
+        device = next(self.encoder.parameters()).device
+        self.sums = self.sums.to(device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+        handlers = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            while self.epoch < self.cfg.epochs:
+                self.epoch_start = self.generator.get_state()
+                self.epoch_clock = time.perf_counter()
+                yield self.epoch
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def steps(self, count):
+        """Yield the numbers of the steps still to do of an epoch of `count`, with a progress bar and saves on the way."""
+        saved = time.monotonic()
+        with tqdm(total=count, initial=self.step, desc=f"epoch {self.epoch + 1}/{self.cfg.epochs}", leave=False, dynamic_ncols=True) as bar:
+            while self.step < count:
+                yield self.step
+                self.step += 1
+                bar.update()
+                if self.step % LOG_EVERY == 0 or self.step == count:
+                    loss, accuracy = self._means()
+                    bar.set_postfix(loss=f"{loss:.3f}", acc=f"{accuracy:.1%}")
+                if self.signal or time.monotonic() - saved > SAVE_EVERY:
+                    self._save_last()
+                    saved = time.monotonic()
+                    self._leave_if_asked()
+
+    def track(self, loss, accuracy):
+        """Add one step's loss and accuracy (tensors of one number; no look at their values)."""
+        self.sums[:2] += torch.stack([loss.detach(), accuracy]).to(self.sums.dtype)
+        self.sums[2] += torch.isfinite(self.sums[0])
+
+    def end_epoch(self, lr, val_loss, val_accuracy):
+        """Record an epoch with its validation, write best, last and CSV, and print one line."""
+        train_loss, train_accuracy = self._means()
+        row = {
+            "epoch": self.epoch + 1,
+            "lr": lr,
+            "train_loss": train_loss,
+            "train_accuracy": train_accuracy,
+            "val_loss": val_loss,
+            "val_accuracy": val_accuracy,
+        }
+        self.history.append(row)
+        self.epoch, self.step = self.epoch + 1, 0
+        self.sums.zero_()
+        self.epoch_start = self.generator.get_state()
+        # The best epoch's file first: were the run killed in between, `last` would still lie before this epoch.
+        if self.best is None or val_accuracy > self.best["val_accuracy"]:
+            self.best = row
+            save_checkpoint(self.best_path, self._contents(row))
+        self._save_last()
+        self._write_csv()
+        print(
+            f"epoch {row['epoch']}/{self.cfg.epochs} | lr {lr:.1e} | train loss {train_loss:.4f} acc {train_accuracy:.2%} | "
+            f"val loss {val_loss:.4f} acc {val_accuracy:.2%}{' (best)' if self.best is row else ''} | {time.perf_counter() - self.epoch_clock:.0f} s",
+            flush=True,
+        )
+        self._leave_if_asked()
+
+    def _begin(self):
+        last = load_checkpoint(self.last_path) if os.path.exists(self.last_path) and not self.cfg.overwrite else None
+        if self.cfg.resume:
+            if last is None:
+                raise UserError(f"there is nothing to resume: found no {self.last_path}; start without --resume=true (and without --overwrite=true)")
+            self._resume(last)
+            return
+        if last is not None and last["epoch"] < last["config"].get("epochs", 0):
+            raise UserError(
+                f"{self.last_path} holds an unfinished run (epoch {last['epoch']} of {last['config']['epochs']} done, step {last['step']}); "
+                f"add --resume=true to continue it or --overwrite=true to discard it"
+            )
+        if os.path.exists(self.best_path):
+            earlier = os.path.join(self.folder, f"{self.model}_previous.pt")
+            os.replace(self.best_path, earlier)
+            print(f"kept the checkpoint of an earlier run as {earlier}")
+        # So that a stop within the first minutes finds something to resume; and a folder that cannot be written shows now.
+        self._save_last()
+
+    def _resume(self, last):
+        differences = [
+            f"{name} was {old!r} and is {new!r}"
+            for name, new in _plain(dataclasses.asdict(self.cfg)).items()
+            if name not in FREE_TO_CHANGE and (old := last["config"].get(name)) != new
+        ]
+        for name, words in (("data_digest", "the images of the data set"), ("class_split", "the class split"), ("encoder", "the encoder")):
+            if last.get(name) != self.about[name]:
+                differences.append(f"{words} changed")
+        if differences:
+            raise UserError(f"cannot resume {self.last_path}: {'; '.join(differences)}; put that back or discard the run with --overwrite=true")
+        if last["epoch"] > self.cfg.epochs:
+            raise UserError(f"cannot resume {self.last_path}: {last['epoch']} epochs are done, --epochs={self.cfg.epochs} asks for fewer; pass at least --epochs={last['epoch']}")
+        self.encoder.load_state_dict(last["state_dict"])
+        self.optimizer.load_state_dict(last["optimizer"])
+        self.generator.set_state(last["generator"])
+        torch.set_rng_state(last["torch_rng"])
+        self.epoch, self.step, self.sums, self.history = last["epoch"], last["step"], last["sums"], last["history"]
+        self.best = self.history[last["best_epoch"] - 1] if last["best_epoch"] else None
+        print(f"resumed {self.last_path}: {self.epoch} of {self.cfg.epochs} epochs done, step {self.step} of the next")
+
+    def _contents(self, row=None):
+        contents = {
+            "format": FORMAT,
+            "model": self.model,
+            "dataset": self.cfg.dataset,
+            "config": _plain(dataclasses.asdict(self.cfg)),
+            "epoch": self.epoch,
+            "val_accuracy": row["val_accuracy"] if row else None,
+            "state_dict": self.encoder.state_dict(),
+            **self.about,
+        }
+        return contents
+
+    def _save_last(self):
+        self._means()  # raises before a spoilt state replaces a good one
+        save_checkpoint(
+            self.last_path,
+            {
+                **self._contents(self.best),
+                "optimizer": self.optimizer.state_dict(),
+                "generator": self.epoch_start,
+                "torch_rng": torch.get_rng_state(),
+                "step": self.step,
+                "sums": self.sums.cpu(),
+                "history": self.history,
+                "best_epoch": self.best["epoch"] if self.best else 0,
+            },
+        )
+
+    def _write_csv(self):
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.history[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.history)
+        write_text(self.csv_path, text.getvalue())
+
+    def _means(self):
+        loss, accuracy, finite_steps = self.sums.tolist()
+        if finite_steps < self.step:
+            raise UserError(
+                f"the loss became {loss} in epoch {self.epoch + 1}, step {int(finite_steps) + 1}; {self.last_path} still holds the last good state: "
+                f"start again with a lower --lr and --overwrite=true"
+            )
+        return loss / max(self.step, 1), accuracy / max(self.step, 1)
+
+    def _ask_to_stop(self, number, frame):
+        if self.signal == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        self.signal = number
+        tqdm.write("stopping after this step (once more: at once)", file=sys.stderr)
+
+    def _leave_if_asked(self):
+        if self.signal:
+            command = [arg for arg in sys.argv if not arg.startswith(("--resume", "--overwrite"))]
+            print(f"saved {self.last_path}; go on with: python {shlex.join(command)} --resume=true", flush=True)
+            raise SystemExit(128 + self.signal)
+
+
+def _plain(values):
+    # Values as a checkpoint gives them back: lists and tuples alike.
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _first_line(error):
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__
+
+
+def _from_lightning(contents, path):
+    hyperparameters = contents.get("hyper_parameters")
+    weights = contents.get("state_dict")
+    if not isinstance(hyperparameters, dict) or not isinstance(weights, dict):
+        raise UserError(f"{path} is a Lightning file without hyper_parameters or state_dict; pass one of the tutorial's or of this project's")
+    is_maml = "num_inner_steps" in hyperparameters
+    inner_loop = {name: hyperparameters[name] for name in ("lr_inner", "lr_output", "num_inner_steps") if name in hyperparameters}
+    return {
+        "format": FORMAT,
+        "model": "protomaml" if is_maml else "protonet",
+        "dataset": "cifar100",
+        "config": {**inner_loop, "output_init": "prototypes"} if is_maml else {},
+        "encoder": {"proto_dim": hyperparameters.get("proto_dim", 64)},
+        "state_dict": {str(name).removeprefix("model."): tensor for name, tensor in weights.items()},
+        "class_split": {},  # the default split of the data set
+        "mean": CIFAR100_MEAN,
+        "std": CIFAR100_STD,
+        "epoch": contents.get("epoch", 0),
+        "val_accuracy": None,
+        "data_digest": None,
+    }
+
+
+def _check_contents(contents, path):
+    """Raise UserError unless `contents` has everything that a test reads, each of the right kind."""
+    found = contents.get("format") if isinstance(contents, dict) else type(contents).__name__
+    if found != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of this project (found {str(found)[:60]!r}, needed {FORMAT!r}); pass another file")
+    kinds = {"model": str, "dataset": str, "config": dict, "encoder": dict, "state_dict": dict, "class_split": dict, "mean": (tuple, list), "std": (tuple, list), "epoch": int}
+    for name, kind in kinds.items():
+        if not isinstance(contents.get(name), kind):
+            raise UserError(f"{path} is damaged: {name!r} is {type(contents.get(name)).__name__}; pass another file")
+    if contents["model"] not in MODEL_NAMES:
+        raise UserError(f"{path} holds a model {contents['model']!r}, but one of {', '.join(MODEL_NAMES)} is needed; pass another file")

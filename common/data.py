@@ -1,0 +1,262 @@
+"""A named data set as tensors; its split by class; normalisation.
+
+On disk a data set is `<data_dir>/<name>.npz` with `images` uint8 [N, H, W, 3], `labels` int64 [N] in 0..C-1 and
+`class_names` str [C]; or a folder `<data_dir>/<name>/<class>/*.png|jpg`.
+"""
+
+import hashlib
+import os
+import socket
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+
+from common.config import UserError
+from common.files import atomic_file
+from common.glyphs import draw_glyph_digits, draw_glyphs
+
+# Of the 50,000 training images of CIFAR-100, for pixel values in 0..1.
+CIFAR100_MEAN = (0.50707516, 0.48654887, 0.44091784)
+CIFAR100_STD = (0.26733429, 0.25643846, 0.27615047)
+
+SMALLEST_IMAGE = 29  # pixels; the encoder halves its input five times and needs one pixel in the end
+DIGITS_PER_CLASS = 500  # images of each digit in the second domains, as many as the tutorial takes of SVHN
+
+
+@dataclass
+class ImageSet:
+    """Images of some classes: `images` uint8 [N, 3, H, W], `labels` int64 [N] in 0..C-1, `class_names` of length C."""
+
+    name: str
+    images: torch.Tensor
+    labels: torch.Tensor
+    class_names: list
+
+    def of_classes(self, names):
+        """Return the ImageSet of the named classes, labels renumbered in the order of `names`.
+
+        Images stay in the order that they have here. Raises UserError for a name that is not in the data set.
+        """
+        missing = [name for name in names if name not in self.class_names]
+        if missing:
+            raise UserError(f"data set {self.name} has no class {missing[0]!r} (it has {len(self.class_names)} classes); use the data set that the class split was made from")
+        new_label = torch.full((len(self.class_names),), -1)
+        new_label[[self.class_names.index(name) for name in names]] = torch.arange(len(names))
+        labels = new_label[self.labels]
+        kept = labels >= 0
+        return ImageSet(self.name, self.images[kept], labels[kept], list(names))
+
+    def to(self, device):
+        """Return the same ImageSet with its tensors on `device`, stored channels last as convolutions read them."""
+        images = self.images.to(device).contiguous(memory_format=torch.channels_last)
+        return ImageSet(self.name, images, self.labels.to(device), self.class_names)
+
+    def digest(self):
+        """Return the SHA-256 of images, labels and class names in hexadecimal."""
+        digest = hashlib.sha256(repr((tuple(self.images.shape), self.class_names)).encode())
+        digest.update(self.images.permute(0, 2, 3, 1).contiguous().cpu().numpy())
+        digest.update(self.labels.cpu().numpy())
+        return digest.hexdigest()
+
+
+def load_dataset(name, data_dir):
+    """Return the ImageSet `name` from `data_dir`, first making its file where that is absent and it can be made.
+
+    Known by name: cifar100, svhn, mnist (downloaded through torchvision), glyphs, glyph_digits (drawn). Any other
+    name is a file or a folder of the user's. Raises UserError where there is no such data or it is malformed.
+    """
+    file, folder = Path(data_dir, f"{name}.npz"), Path(data_dir, name)
+    if not name or Path(name).name != name:
+        raise UserError(f"{name!r} is not the name of a data set: pass a plain name, and the folder that holds it as --data_dir=FOLDER")
+    if file.exists():
+        return _read_npz(name, file)
+    if folder.is_dir():
+        return _read_folder(name, folder)
+    if name not in SOURCES:
+        raise UserError(
+            f"there is no data set {name!r}: found neither {file} nor the folder {folder}; put one there "
+            f"(see README, Your own data) or take one of {', '.join(SOURCES)}"
+        )
+    images, labels, class_names = SOURCES[name](name, Path(data_dir))
+    with atomic_file(file) as temporary:
+        np.savez(temporary, images=images, labels=labels, class_names=np.array(class_names))
+    print(f"data: wrote {file} ({len(images):,} images, {len(class_names)} classes)")
+    return _image_set(name, images, labels, class_names)
+
+
+def split_classes(class_names, seed=0):
+    """Split class names at random into {"train", "val", "test"}: 80, 10 and 10 of 100, other numbers in proportion.
+
+    For 100 classes and seed 0 this is the tutorial's split. Validation and test have at least 2 classes each.
+    Raises UserError for fewer than 6 classes.
+    """
+    count = len(class_names)
+    if count < 6:
+        raise UserError(f"found {count} classes, but at least 6 are needed to train, validate and test on different ones; add classes to the data set")
+    held_out = max(2, round(0.1 * count))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    names = [class_names[index] for index in order]
+    return {"train": names[: count - 2 * held_out], "val": names[count - 2 * held_out : count - held_out], "test": names[count - held_out :]}
+
+
+def channel_statistics(train_set):
+    """Return (mean, std) per channel, three floats each, of pixel values in 0..1, for normalising.
+
+    For cifar100 they are the constants that the tutorial uses, for other data sets those of `train_set`'s images.
+    """
+    if train_set.name == "cifar100":
+        return CIFAR100_MEAN, CIFAR100_STD
+    # A histogram is exact, and needs no second copy of the images as floats.
+    values = torch.arange(256, dtype=torch.float64) / 255
+    means, stds = [], []
+    for channel in range(3):
+        share = torch.bincount(train_set.images[:, channel].flatten().cpu(), minlength=256).double()
+        share /= share.sum()
+        mean = (share * values).sum()
+        means.append(mean.item())
+        # One grey level in all images: any scale will do, but not zero.
+        stds.append(((share * (values - mean) ** 2).sum().sqrt().item()) or 1.0)
+    return tuple(means), tuple(stds)
+
+
+def normalize(images, mean, std):
+    """Return images [B, 3, H, W] with values in 0..255 as float32 with (x / 255 - mean) / std per channel."""
+    mean = torch.tensor(mean, device=images.device).view(1, 3, 1, 1)
+    std = torch.tensor(std, device=images.device).view(1, 3, 1, 1)
+    return (images.float() / 255 - mean) / std
+
+
+def _read_npz(name, file):
+    how = f"the format is images uint8 [N, H, W, 3], labels int64 [N], class_names str [C]; delete {file} or write it again"
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            found = set(arrays.files)
+            missing = {"images", "labels", "class_names"} - found
+            if missing:
+                raise UserError(f"{file} has no array {sorted(missing)[0]!r} (found: {', '.join(sorted(found)) or 'none'}); {how}")
+            images, labels, class_names = arrays["images"], arrays["labels"], arrays["class_names"]
+    except UserError:
+        raise
+    # A damaged archive can fail in any layer below: zip, zlib, numpy's header parser, or the allocation it asks for.
+    except (OSError, ValueError, EOFError, KeyError, SyntaxError, zipfile.BadZipFile, NotImplementedError, MemoryError, RuntimeError, ArithmeticError, zlib.error) as error:
+        raise UserError(f"{file} cannot be read as a data set: {error or type(error).__name__}; {how}") from error
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise UserError(f"{file}: images are {images.dtype} {list(images.shape)}; {how}")
+    if labels.dtype != np.int64 or labels.shape != images.shape[:1]:
+        raise UserError(f"{file}: labels are {labels.dtype} {list(labels.shape)} for {len(images)} images; {how}")
+    if class_names.dtype.kind != "U" or class_names.ndim != 1:
+        raise UserError(f"{file}: class_names are {class_names.dtype} {list(class_names.shape)}; {how}")
+    return _image_set(name, images, labels, class_names.tolist(), file)
+
+
+def _read_folder(name, folder):
+    class_folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not class_folders:
+        raise UserError(f"{folder} holds no class: put the images of each class into a folder {folder}/<class>/")
+    images, labels, first = [], [], None
+    for label, class_folder in enumerate(class_folders):
+        files = sorted(path for path in class_folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
+        if not files:
+            raise UserError(f"class folder {class_folder} holds no .png or .jpg file; add images or remove the folder")
+        for file in files:
+            image = _read_image(file)
+            first = first or (file, image.shape)
+            if image.shape != first[1]:
+                raise UserError(f"{file} is {_size(image.shape)} but {first[0]} is {_size(first[1])}; bring all images to one size")
+            images.append(image)
+            labels.append(label)
+    return _image_set(name, np.stack(images), np.array(labels), [path.name for path in class_folders], folder)
+
+
+def _read_image(file):
+    try:
+        with Image.open(file) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{file} cannot be read as an image: {error}; replace or remove it") from error
+
+
+def _size(shape):
+    return f"{shape[1]}x{shape[0]} pixels"
+
+
+def _image_set(name, images, labels, class_names, source=None):
+    """Check what both formats must hold, and return the ImageSet."""
+    count = len(class_names)
+    if min(images.shape[1:3]) < SMALLEST_IMAGE:
+        raise UserError(f"{source}: images are {_size(images.shape[1:])}, but the encoder needs at least {SMALLEST_IMAGE}x{SMALLEST_IMAGE}; enlarge or pad them (32x32 is usual)")
+    if len(set(class_names)) != count or count < 2:
+        raise UserError(f"{source}: found {len(set(class_names))} different class names in {count}, but at least 2, all different, are needed; name each class once")
+    if labels.min(initial=0) < 0 or labels.max(initial=0) >= count:
+        raise UserError(f"{source}: labels run from {labels.min()} to {labels.max()}, but {count} class names need labels 0 to {count - 1}; renumber them")
+    empty = np.flatnonzero(np.bincount(labels, minlength=count) == 0)
+    if len(empty):
+        raise UserError(f"{source}: class {class_names[empty[0]]!r} has no image; add images or remove the class")
+    # [N, H, W, 3] seen as [N, 3, H, W] is channels last already: no copy.
+    return ImageSet(name, torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels), class_names)
+
+
+def _cifar100(root):
+    parts = [torchvision.datasets.CIFAR100(root, train=train, download=True) for train in (True, False)]
+    images = np.concatenate([part.data for part in parts])
+    labels = np.concatenate([np.array(part.targets, dtype=np.int64) for part in parts])
+    return images, labels, parts[0].classes
+
+
+def _svhn(root):
+    test = torchvision.datasets.SVHN(root, split="test", download=True)
+    return *_first_of_each(test.data.transpose(0, 2, 3, 1), test.labels.astype(np.int64)), list("0123456789")
+
+
+def _mnist(root):
+    test = torchvision.datasets.MNIST(root, train=False, download=True)
+    images, labels = _first_of_each(test.data.numpy(), test.targets.numpy().astype(np.int64))
+    images = np.pad(images, ((0, 0), (2, 2), (2, 2)))  # 28x28 -> 32x32
+    return np.repeat(images[..., None], 3, axis=3), labels, list("0123456789")
+
+
+def _first_of_each(images, labels):
+    """Return the first 500 images of each digit, digit by digit; fewer of each where one digit has fewer."""
+    count = min(DIGITS_PER_CLASS, np.bincount(labels).min())
+    rows = np.concatenate([np.flatnonzero(labels == digit)[:count] for digit in range(10)])
+    return np.ascontiguousarray(images[rows]), labels[rows]
+
+
+def _downloaded(read, files, address):
+    """Turn a torchvision reader into a source whose failure says which file is missing and where it goes."""
+
+    def source(name, root):
+        timeout = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(30)  # seconds without a byte; a silent server must not hold the script for ever
+        try:
+            os.makedirs(root, exist_ok=True)
+            return read(str(root))
+        except Exception as error:  # the layers below raise nearly anything: URLError, tarfile.ReadError, ValueError, ...
+            raise UserError(
+                f"{root / (name + '.npz')} is missing and could not be downloaded ({type(error).__name__}: {error}); "
+                f"put {files} from {address} into {root}/ and start again, or set PATH_DATASETS to a folder that has {name}.npz"
+            ) from error
+        finally:
+            socket.setdefaulttimeout(timeout)
+
+    return source
+
+
+def _drawn(draw):
+    return lambda name, root: draw()
+
+
+# Data sets that can be made where their file is absent: name -> function(name, data_dir) -> images, labels, class names.
+SOURCES = {
+    "cifar100": _downloaded(_cifar100, "cifar-100-python.tar.gz", "https://www.cs.toronto.edu/~kriz/cifar.html"),
+    "svhn": _downloaded(_svhn, "test_32x32.mat", "http://ufldl.stanford.edu/housenumbers/"),
+    "mnist": _downloaded(_mnist, "the four .gz files of MNIST, in MNIST/raw,", "https://ossci-datasets.s3.amazonaws.com/mnist/"),
+    "glyphs": _drawn(draw_glyphs),
+    "glyph_digits": _drawn(draw_glyph_digits),
+}

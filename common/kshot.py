@@ -1,0 +1,87 @@
+"""The k-shot test: every full run of k images per class is a support set once, all other images are its queries.
+
+Within each class the images are cut, in the order of the data set, into consecutive chunks of k; chunk i of every
+class together is support set i. A short last chunk is never a support set, but its images are queries.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from scipy import stats
+
+from common.config import UserError
+from common.inner_loop import adapt
+from common.prototypes import make_prototypes, prototype_head
+from common.samplers import FewShotBatchSampler, episode_labels
+
+
+def support_sets(labels, k_shot, class_names, max_sets=0):
+    """Return the support sets as int64 [S, C * k_shot], class by class; at most `max_sets` (0: all), spread evenly.
+
+    Raises UserError where a class has no image left to be a query.
+    """
+    counts = torch.bincount(labels.cpu(), minlength=len(class_names))
+    if counts.min() <= k_shot:
+        name = class_names[counts.argmin()]
+        raise UserError(f"k = {k_shot} needs more than {k_shot} images of each class, found {counts.min()} of {name!r}; pass smaller numbers, --k_shots=2,4 for example")
+    sets = FewShotBatchSampler(labels, len(class_names), k_shot, shuffle=False).episodes()
+    if 0 < max_sets < len(sets):
+        sets = sets[spread_evenly(len(sets), max_sets)]
+    return sets
+
+
+def spread_evenly(available, wanted):
+    """Return `wanted` positions out of 0..available-1, the middles of equal parts, so none is at an end by design."""
+    return [(2 * part + 1) * available // (2 * wanted) for part in range(wanted)]
+
+
+def nearest_prototype_accuracies(features, labels, sets, n_way, progress=iter):
+    """Return the accuracy of each support set, float64 [S], for features [N, D] and labels int64 [N] of all images.
+
+    progress wraps the support sets, to show how far it is.
+    """
+    accuracies = []
+    for support in progress(sets):
+        support = support.to(features.device)
+        weight, bias = prototype_head(make_prototypes(features[support], n_way))
+        accuracies.append(_share_correct(F.linear(features, weight, bias), labels, support))
+    return torch.tensor(accuracies, dtype=torch.float64)
+
+
+def adapted_accuracies(encoder, images, labels, sets, n_way, inner_loop, progress=iter, batch_size=500):
+    """Return the accuracy of each support set, float64 [S], of a copy of the encoder adapted to that support set.
+
+    images [N, 3, H, W], normalised; inner_loop: the keyword arguments of `adapt` (num_steps, lr_inner, ...).
+    progress wraps the support sets, to show how far it is. The queries see the copy in eval mode.
+    """
+    accuracies, local = [], None
+    for support in progress(sets):
+        support = support.to(images.device)
+        y_spt = episode_labels(n_way, len(support) // n_way, images.device)
+        local, weight, bias = adapt(encoder, images[support], y_spt, n_way, local=local, **inner_loop)
+        local.eval()
+        with torch.no_grad():
+            logits = torch.cat([F.linear(local(batch), weight, bias) for batch in images.split(batch_size)])
+        accuracies.append(_share_correct(logits, labels, support))
+    return torch.tensor(accuracies, dtype=torch.float64)
+
+
+def summarize(accuracies):
+    """Return (mean, std, ci95) of per-support-set accuracies in 0..1; std and ci95 are None for a single support set.
+
+    std is the sample standard deviation over support sets: how much the choice of the support set matters. ci95 is
+    the half-width of the 95 % confidence interval of the mean, t(0.975, S - 1) * std / sqrt(S).
+    """
+    count, mean = len(accuracies), accuracies.mean().item()
+    if count < 2:
+        return mean, None, None
+    std = accuracies.std().item()
+    return mean, std, stats.t.ppf(0.975, count - 1) * std / math.sqrt(count)
+
+
+def _share_correct(logits, labels, support):
+    """Correct predictions over queries, the support images counting as neither."""
+    correct = logits.argmax(dim=1) == labels
+    correct[support] = False
+    return correct.sum().item() / (len(labels) - len(support))

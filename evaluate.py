@@ -1,0 +1,223 @@
+"""Test trained models: accuracy on new classes after seeing k images of each; tables and figures.
+
+    python evaluate.py                                          the checkpoints in checkpoints/cifar100, and SVHN as unseen domain
+    python evaluate.py --dataset=glyphs                         the built-in data set, nothing to download
+    python evaluate.py --protonet=FILE --domains=mnist          one checkpoint of yours, or of the tutorial's author
+    python evaluate.py --max_support_sets=10                    fewer adaptations of ProtoMAML and MAML, for a slow machine
+
+Writes accuracy.json, .csv and .md and the figures into results/. What is already there for the same checkpoint, data
+and settings is not computed again.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from tqdm import tqdm
+
+from common.checkpoint import MODEL_NAMES, encoder_of, load_checkpoint
+from common.config import UserError, require_at_least, require_positive, run_script
+from common.data import load_dataset, normalize, split_classes
+from common.device import pick_device
+from common.encoder import encode_in_batches
+from common.figures import plot_accuracy_over_k, plot_episode, plot_examples
+from common.files import sha256, write_text
+from common.kshot import adapted_accuracies, nearest_prototype_accuracies, summarize, support_sets
+from common.samplers import FewShotBatchSampler
+from common.tables import text_table, write_tables
+
+DEFAULT_DOMAINS = {"cifar100": ("svhn",), "glyphs": ("glyph_digits",)}
+
+
+@dataclass
+class Config:
+    # data
+    dataset: str = "cifar100"  # data set that the models were trained on; its test classes are tested first
+    domains: tuple[str, ...] = ("auto",)  # further data sets, tested on all their classes; auto: svhn for cifar100, glyph_digits for glyphs
+    data_dir: str = os.environ.get("PATH_DATASETS", "data")  # folder of the data sets
+    # models
+    checkpoint_dir: str = "checkpoints"  # the checkpoints in <checkpoint_dir>/<dataset>/ are tested, unless files are named:
+    protonet: str = ""  # checkpoint of a ProtoNet
+    protomaml: str = ""  # checkpoint of a ProtoMAML
+    maml: str = ""  # checkpoint of a MAML
+    # test
+    k_shots: tuple[int, ...] = (2, 4, 8, 16, 32)  # support images per class, one test for each
+    num_inner_steps: int = 200  # SGD steps of ProtoMAML and MAML on each support set
+    lr_inner: float = 0.0  # their learning rate for the encoder; 0: as in training
+    lr_output: float = 0.0  # their learning rate for the output layer; 0: as in training
+    max_support_sets: int = 0  # support sets per k for ProtoMAML and MAML, spread evenly; 0: all
+    # run
+    device: str = "auto"  # auto, cuda, mps or cpu
+    results_dir: str = "results"  # where tables and figures go
+
+    def __post_init__(self):
+        require_at_least(self, 1, "k_shots", "num_inner_steps")
+        require_at_least(self, 0, "lr_inner", "lr_output", "max_support_sets")
+        for name in ("k_shots", "domains"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values) or (name == "k_shots" and not values):
+                raise UserError(f"{name} is {','.join(map(str, values)) or 'empty'}; name each value once, --k_shots=2,4,8 for example")
+        if self.dataset in self.domains:
+            raise UserError(f"{self.dataset} is the data set of the training classes and cannot be an unseen domain; take it out of --domains")
+
+
+def main(cfg):
+    device = pick_device(cfg.device)
+    checkpoints = load_checkpoints(cfg)
+    data = load_dataset(cfg.dataset, cfg.data_dir)
+    split = common_split(checkpoints, data)
+
+    domains = DEFAULT_DOMAINS.get(cfg.dataset, ()) if cfg.domains == ("auto",) else cfg.domains
+    # Classes in the order of the data set: the order of the images within a class, not of the classes, is what matters.
+    tested = [data.of_classes(sorted(split["test"], key=data.class_names.index))]
+    failures = {}
+    for domain in domains:
+        try:
+            tested.append(load_dataset(domain, cfg.data_dir))
+        except UserError as error:  # the rest is worth having
+            failures[domain] = str(error)
+    for image_set in tested:
+        for k_shot in cfg.k_shots:
+            support_sets(image_set.labels, k_shot, image_set.class_names)  # raises now rather than after an hour
+
+    rows = []
+    for image_set in tested:
+        for model, (path, checkpoint) in checkpoints.items():
+            rows += test_model(cfg, model, path, checkpoint, image_set, device)
+        # Nearest class mean on the normalised pixels: what is to be had without learning.
+        path, checkpoint = next(iter(checkpoints.values()))
+        rows += test_model(cfg, "pixels", path, checkpoint, image_set, device)
+
+    print(text_table(rows, failures))
+    write_tables(rows, failures, cfg.results_dir)
+    draw_figures(cfg, data, split, tested, rows)
+    print(f"tables and figures: {cfg.results_dir}{os.sep}")
+    return 1 if failures else 0
+
+
+def load_checkpoints(cfg):
+    """Return {model: (path, checkpoint)} of the named files, or of those in the data set's checkpoint folder."""
+    named = {model: getattr(cfg, model) for model in MODEL_NAMES if getattr(cfg, model)}
+    folder = os.path.join(cfg.checkpoint_dir, cfg.dataset)
+    at_hand = {model: os.path.join(folder, f"{model}.pt") for model in MODEL_NAMES}
+    paths = named or {model: path for model, path in at_hand.items() if os.path.exists(path)}
+    if not paths:
+        raise UserError(f"found no checkpoint in {folder}; train one first (python train_protonet.py --dataset={cfg.dataset}) or name a file (--protonet=FILE)")
+    checkpoints = {model: (path, load_checkpoint(path)) for model, path in paths.items()}
+    for model, (path, checkpoint) in checkpoints.items():
+        if checkpoint["model"] != model:
+            raise UserError(f"{path} holds a {checkpoint['model']}, not a {model}; pass it as --{checkpoint['model']}={path}")
+        if checkpoint["dataset"] != cfg.dataset:
+            raise UserError(f"{path} was trained on {checkpoint['dataset']}; pass --dataset={checkpoint['dataset']}")
+        encoder_of(checkpoint, path)
+    return checkpoints
+
+
+def common_split(checkpoints, data):
+    """Return the class split that the checkpoints carry; the tutorial's files carry none and were trained on the default one."""
+    splits = {path: checkpoint["class_split"] or split_classes(data.class_names) for path, checkpoint in checkpoints.values()}
+    (first_path, first), *others = splits.items()
+    for path, split in others:
+        if split != first:
+            raise UserError(f"{first_path} and {path} were trained on different classes, so one table cannot hold both; test them one at a time")
+    return first
+
+
+def test_model(cfg, model, path, checkpoint, image_set, device):
+    """Return one result row per k; each is kept on disk as soon as it is there, and reused by the next run."""
+    settings = test_settings(cfg, model, checkpoint)
+    identity = {
+        "model": model,
+        "dataset": image_set.name,
+        "trained_on": cfg.dataset,
+        "checkpoint_sha256": None if model == "pixels" else sha256(path),
+        "data_sha256": image_set.digest(),
+        "settings": settings,
+    }
+    accuracies_of = None  # made on first use: reading results that are there needs no features
+    rows = []
+    for k_shot in cfg.k_shots:
+        key = hashlib.sha256(json.dumps([identity, k_shot, checkpoint["mean"], checkpoint["std"]], sort_keys=True).encode()).hexdigest()
+        kept = os.path.join(cfg.results_dir, ".cache", f"{key[:32]}.json")
+        row = read_kept(kept)
+        if row:
+            print(f"{model} on {image_set.name}, k = {k_shot}: reused, same checkpoint, data and settings")
+        else:
+            accuracies_of = accuracies_of or prepare_test(model, path, checkpoint, image_set, settings, device)
+            sets = support_sets(image_set.labels, k_shot, image_set.class_names, settings.get("max_support_sets", 0))
+            accuracies = accuracies_of(sets, progress=partial(tqdm, desc=f"{model} on {image_set.name}, k = {k_shot}", leave=False, dynamic_ncols=True))
+            accuracy, std, ci95 = summarize(accuracies)
+            row = {
+                **identity,
+                "k_shot": k_shot,
+                "n_way": len(image_set.class_names),
+                "accuracy": accuracy,
+                "std": std,
+                "ci95": ci95,
+                "num_support_sets": len(sets),
+                "num_queries": len(image_set.labels) - sets.shape[1],
+            }
+            write_text(kept, json.dumps(row) + "\n")
+        rows.append(row)
+    return rows
+
+
+def test_settings(cfg, model, checkpoint):
+    """Return what else decides a result: nothing for nearest prototypes, the inner loop for models that adapt."""
+    if model in ("pixels", "protonet"):
+        return {}
+    trained = checkpoint["config"]
+    return {
+        "num_inner_steps": cfg.num_inner_steps,
+        "lr_inner": cfg.lr_inner or trained["lr_inner"],
+        "lr_output": cfg.lr_output or trained["lr_output"],
+        "output_init": trained["output_init"],
+        "max_support_sets": cfg.max_support_sets,
+    }
+
+
+def prepare_test(model, path, checkpoint, image_set, settings, device):
+    """Return the function (sets, progress) -> accuracies [S] of a model on a data set."""
+    image_set = image_set.to(device)
+    n_way = len(image_set.class_names)
+    images = normalize(image_set.images, checkpoint["mean"], checkpoint["std"])  # [N, 3, H, W]
+    encoder = encoder_of(checkpoint, path).to(device)
+    if model in ("protomaml", "maml"):
+        inner_loop = {"num_steps": settings["num_inner_steps"], **{name: settings[name] for name in ("lr_inner", "lr_output", "output_init")}}
+        return lambda sets, progress: adapted_accuracies(encoder, images, image_set.labels, sets, n_way, inner_loop, progress)
+    features = images.flatten(1) if model == "pixels" else encode_in_batches(encoder, images)  # [N, D]
+    return lambda sets, progress: nearest_prototype_accuracies(features, image_set.labels, sets, n_way, progress)
+
+
+def read_kept(path):
+    """Return the result row kept in `path`, or None where there is none or it cannot be read (it is then made anew)."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError):
+        return None
+
+
+def draw_figures(cfg, data, split, tested, rows):
+    """Draw the data sets, one validation episode, ProtoNet alone and all models over k."""
+    where = partial(os.path.join, cfg.results_dir)
+    for image_set in (data, *tested[1:]):
+        plot_examples(image_set, where(f"examples_{image_set.name}"))
+    val = data.of_classes(split["val"])
+    n_way, k_shot = min(5, len(val.class_names)), min(4, torch.bincount(val.labels).min().item() // 2)
+    episode = FewShotBatchSampler(val.labels, n_way, k_shot, include_query=True, seed=0, class_names=val.class_names).episodes()[0]
+    plot_episode(val, episode, n_way, k_shot, where("few_shot_batch"))
+    for image_set in tested:
+        of_set = [row for row in rows if row["dataset"] == image_set.name]
+        models = [model for model in ("pixels", *MODEL_NAMES) if any(row["model"] == model for row in of_set)]
+        title = f"{'Test classes' if image_set is tested[0] else 'All classes'} of {image_set.name}"
+        plot_accuracy_over_k(of_set, models, title, where(f"models_{image_set.name}"))
+        if image_set is tested[0] and "protonet" in models:
+            plot_accuracy_over_k(of_set, ["protonet"], f"ProtoNet: {title.lower()}", where(f"protonet_{image_set.name}"))
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

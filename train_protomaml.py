@@ -1,0 +1,150 @@
+"""Train ProtoMAML (Triantafillou et al. 2020) or MAML (Finn et al. 2017), first order: learn weights that adapt well.
+
+    python train_protomaml.py                              the tutorial's recipe on CIFAR-100
+    python train_protomaml.py --output_init=zeros          MAML: the output layer starts from zeros, not from prototypes
+    python train_protomaml.py --dataset=glyphs --epochs=5  on the built-in data set
+    python train_protomaml.py --resume=true                go on after a stop
+    python evaluate.py                                     then: the k-shot test
+
+Writes checkpoints/<dataset>/protomaml.pt (best epoch), protomaml_last.pt (to resume), protomaml.csv,
+protomaml_curves.png; with --output_init=zeros the same files under the name maml.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from common.augment import augment, draw_augmentation
+from common.checkpoint import MODEL_NAMES, TrainingRun
+from common.config import require_at_least, require_one_of, require_positive, run_script
+from common.data import channel_statistics, load_dataset, normalize, split_classes
+from common.device import pick_device
+from common.encoder import make_encoder
+from common.figures import plot_training_curves
+from common.inner_loop import OUTPUT_INITS, adapt, follow_statistics, hand_over_gradients
+from common.samplers import FewShotBatchSampler, TaskBatchSampler, episode_labels
+
+
+@dataclass
+class Config:
+    # data
+    dataset: str = "cifar100"  # data set to train on: cifar100, glyphs, or a file or folder of yours in data_dir
+    data_dir: str = os.environ.get("PATH_DATASETS", "data")  # folder of the data sets
+    # episode
+    n_way: int = 5  # classes per training task
+    k_shot: int = 4  # support images per class
+    n_query: int = 4  # query images per class
+    tasks_per_step: int = 16  # tasks (episodes) whose gradients make up one outer step
+    val_way: int = 0  # classes per validation episode; 0: as n_way, or all validation classes if these are fewer
+    # model
+    proto_dim: int = 64  # length of a feature vector and of a prototype
+    output_init: str = "prototypes"  # start of the output layer: prototypes (ProtoMAML) or zeros (MAML)
+    # inner loop
+    num_inner_steps: int = 1  # SGD steps on the support set in training
+    lr_inner: float = 0.1  # learning rate of these steps for the encoder
+    lr_output: float = 0.1  # learning rate of these steps for the output layer
+    # optimizer
+    epochs: int = 200  # passes over the training images
+    lr: float = 1e-3  # learning rate of AdamW, the outer loop
+    lr_drops: tuple[float, ...] = (0.7, 0.9)  # the learning rate is divided by 10 after these shares of the epochs
+    weight_decay: float = 0.01  # of AdamW
+    steps_per_epoch: int = 0  # outer steps per epoch; 0: as many as the images give
+    # run
+    val_episodes: int = 0  # validation episodes, each with an adaptation of its own; 0: as many as the images give
+    seed: int = 42  # of weights, episodes and augmentation; validation episodes are the same for every seed
+    device: str = "auto"  # auto, cuda, mps or cpu
+    checkpoint_dir: str = "checkpoints"  # checkpoints go to <checkpoint_dir>/<dataset>/
+    resume: bool = False  # go on with the unfinished run
+    overwrite: bool = False  # discard the unfinished run
+
+    def __post_init__(self):
+        require_at_least(self, 2, "n_way")
+        require_at_least(self, 1, "k_shot", "n_query", "tasks_per_step", "proto_dim", "num_inner_steps", "epochs")
+        require_at_least(self, 0, "val_way", "val_episodes", "weight_decay", "steps_per_epoch", "seed")
+        require_positive(self, "lr", "lr_drops", "lr_inner", "lr_output")
+        require_one_of(self, "output_init", OUTPUT_INITS)
+
+
+def main(cfg):
+    device = pick_device(cfg.device)
+    torch.manual_seed(cfg.seed)
+
+    # Three disjoint sets of classes; the test classes are evaluate.py's.
+    data = load_dataset(cfg.dataset, cfg.data_dir)
+    split = split_classes(data.class_names)
+    train, val = data.of_classes(split["train"]), data.of_classes(split["val"])
+    mean, std = channel_statistics(train)
+
+    val_way = cfg.val_way or min(cfg.n_way, len(val.class_names))
+    episode_of = {"include_query": True, "num_query": cfg.n_query}
+    sampler = TaskBatchSampler(train.labels, cfg.tasks_per_step, cfg.n_way, cfg.k_shot, class_names=train.class_names, seed=cfg.seed, **episode_of)
+    val_sampler = FewShotBatchSampler(val.labels, val_way, cfg.k_shot, shuffle=False, shuffle_once=True, class_names=val.class_names, seed=0, **episode_of)
+    val_episodes = val_sampler.episodes()[: cfg.val_episodes or None]
+
+    encoder = make_encoder(cfg.proto_dim).to(device).train()
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    about = {"encoder": {"proto_dim": cfg.proto_dim}, "class_split": split, "mean": mean, "std": std, "data_digest": data.digest()}
+    model = "protomaml" if cfg.output_init == "prototypes" else "maml"
+    run = TrainingRun(cfg, model, encoder, optimizer, sampler.generator, about)
+
+    train, val = train.to(device), val.to(device)
+    num_support = cfg.n_way * cfg.k_shot
+    inner_loop = {"num_steps": cfg.num_inner_steps, "lr_inner": cfg.lr_inner, "lr_output": cfg.lr_output, "output_init": cfg.output_init}
+    y_spt, y_qry = episode_labels(cfg.n_way, cfg.k_shot, device), episode_labels(cfg.n_way, cfg.n_query, device)
+    local = None  # the copy that is adapted, made once and filled anew for every task
+    for epoch in run.epochs():
+        lr = learning_rate(cfg, epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        batches = sampler.episodes().flatten(1)  # [steps, T*N*(K+Q)]
+        boxes, flips = draw_augmentation(batches.numel(), *train.images.shape[2:], sampler.generator)
+        batches, boxes, flips = batches.to(device), boxes.view(*batches.shape, 4).to(device), flips.view(batches.shape).to(device)
+
+        for step in run.steps(min(cfg.steps_per_epoch or len(batches), len(batches))):
+            images = normalize(augment(train.images[batches[step]], boxes[step], flips[step]), mean, std)  # [T*N*(K+Q), 3, H, W]
+            losses, accuracies = [], []
+            optimizer.zero_grad()
+            for task in images.chunk(cfg.tasks_per_step):  # [N*(K+Q), 3, H, W]
+                x_spt, x_qry = task[:num_support], task[num_support:]
+                # Inner loop: a copy of the encoder learns the support set. Outer loop: how well does it do on the queries?
+                local, weight, bias = adapt(encoder, x_spt, y_spt, cfg.n_way, local=local, **inner_loop)
+                logits = F.linear(local(x_qry), weight, bias)  # [N*Q, N]
+                loss = F.cross_entropy(logits, y_qry)
+                loss.backward()  # into the copy, and through the prototypes into the encoder
+                hand_over_gradients(local, encoder)  # first order: the copy's gradients count as the encoder's
+                follow_statistics(encoder, local, cfg.tasks_per_step)
+                losses.append(loss.detach())
+                accuracies.append((logits.argmax(dim=1) == y_qry).float().mean())
+            optimizer.step()  # the gradients of the tasks are summed
+            run.track(torch.stack(losses).mean(), torch.stack(accuracies).mean())
+
+        run.end_epoch(lr, *validate(encoder, local, normalize(val.images, mean, std), val_episodes.to(device), val_way, cfg, inner_loop))
+
+    plot_training_curves(run.history, MODEL_NAMES[model], cfg.dataset, os.path.join(run.folder, f"{model}_curves"))
+    print(f"best epoch {run.best['epoch']}, validation accuracy {run.best['val_accuracy']:.2%}: {run.best_path}")
+    print(f"next: python evaluate.py --dataset={cfg.dataset}")
+
+
+def learning_rate(cfg, epoch):
+    """Return the learning rate of an epoch (counted from 0)."""
+    return cfg.lr * 0.1 ** sum(epoch >= round(share * cfg.epochs) for share in cfg.lr_drops)
+
+
+def validate(encoder, local, images, episodes, n_way, cfg, inner_loop):
+    """Return (loss, accuracy) on the queries after adaptation, means over the validation episodes."""
+    y_spt, y_qry = episode_labels(n_way, cfg.k_shot, images.device), episode_labels(n_way, cfg.n_query, images.device)
+    losses, accuracies = [], []
+    for episode in episodes:
+        x_spt, x_qry = images[episode[: n_way * cfg.k_shot]], images[episode[n_way * cfg.k_shot :]]
+        local, weight, bias = adapt(encoder, x_spt, y_spt, n_way, local=local, **inner_loop)
+        with torch.no_grad():
+            logits = F.linear(local(x_qry), weight, bias)
+            losses.append(F.cross_entropy(logits, y_qry))
+            accuracies.append((logits.argmax(dim=1) == y_qry).float().mean())
+    return torch.stack(losses).mean().item(), torch.stack(accuracies).mean().item()
+
+
+if __name__ == "__main__":
+    run_script(main, Config)
