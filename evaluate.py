@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from common.checkpoint import MODEL_NAMES, encoder_of, load_checkpoint
-from common.config import UserError, require_at_least, require_positive, run_script
+from common.config import UserError, require_at_least, require_one_of, require_positive, run_script
 from common.data import load_dataset, normalize, split_classes
 from common.device import pick_device
 from common.encoder import encode_in_batches
@@ -44,10 +44,11 @@ class Config:
     protomaml: str = ""  # checkpoint of a ProtoMAML
     maml: str = ""  # checkpoint of a MAML
     # test
+    classes: str = "test"  # held-out classes of the data set: test for the final table, val to choose settings on
     k_shots: tuple[int, ...] = (2, 4, 8, 16, 32)  # support images per class, one test for each
-    num_inner_steps: int = 200  # SGD steps of ProtoMAML and MAML on each support set
-    lr_inner: float = 0.0  # their learning rate for the encoder; 0: as in training
-    lr_output: float = 0.0  # their learning rate for the output layer; 0: as in training
+    num_inner_steps: tuple[int, ...] = (200,)  # SGD steps of ProtoMAML and MAML on a support set; one number, or one per k
+    lr_inner: tuple[float, ...] = ()  # their learning rate for the encoder; one, or one per k; empty: as in training
+    lr_output: tuple[float, ...] = ()  # their learning rate for the output layer; one, or one per k; empty: as in training
     max_support_sets: int = 0  # support sets per k for ProtoMAML and MAML, spread evenly; 0: all
     # run
     device: str = "auto"  # auto, cuda, mps or cpu
@@ -55,7 +56,13 @@ class Config:
 
     def __post_init__(self):
         require_at_least(self, 1, "k_shots", "num_inner_steps")
-        require_at_least(self, 0, "lr_inner", "lr_output", "max_support_sets")
+        require_at_least(self, 0, "max_support_sets")
+        require_positive(self, "lr_inner", "lr_output")
+        require_one_of(self, "classes", ("test", "val"))
+        for name in ("num_inner_steps", "lr_inner", "lr_output"):
+            found = len(getattr(self, name))
+            if found not in (1, len(self.k_shots)) and (found or name == "num_inner_steps"):
+                raise UserError(f"{name} has {found} numbers for {len(self.k_shots)} values of k; pass one number, or one for each k")
         for name in ("k_shots", "domains"):
             values = getattr(self, name)
             if len(set(values)) < len(values) or (name == "k_shots" and not values):
@@ -71,8 +78,7 @@ def main(cfg):
     split = common_split(checkpoints, data)
 
     domains = DEFAULT_DOMAINS.get(cfg.dataset, ()) if cfg.domains == ("auto",) else cfg.domains
-    # Classes in the order of the data set: the order of the images within a class, not of the classes, is what matters.
-    tested = [data.of_classes(sorted(split["test"], key=data.class_names.index))]
+    tested = [data.of_classes(split[cfg.classes])]
     failures = {}
     for domain in domains:
         try:
@@ -128,31 +134,31 @@ def common_split(checkpoints, data):
 
 def test_model(cfg, model, path, checkpoint, image_set, device):
     """Return one result row per k; each is kept on disk as soon as it is there, and reused by the next run."""
-    settings = test_settings(cfg, model, checkpoint)
     identity = {
         "model": model,
         "dataset": image_set.name,
         "trained_on": cfg.dataset,
         "checkpoint_sha256": None if model == "pixels" else sha256(path),
         "data_sha256": image_set.digest(),
-        "settings": settings,
     }
     accuracies_of = None  # made on first use: reading results that are there needs no features
     rows = []
-    for k_shot in cfg.k_shots:
-        key = hashlib.sha256(json.dumps([identity, k_shot, checkpoint["mean"], checkpoint["std"]], sort_keys=True).encode()).hexdigest()
+    for position, k_shot in enumerate(cfg.k_shots):
+        identity["k_shot"] = k_shot
+        identity["settings"] = settings = test_settings(cfg, model, checkpoint, position)
+        key = hashlib.sha256(json.dumps([identity, checkpoint["mean"], checkpoint["std"]], sort_keys=True).encode()).hexdigest()
         kept = os.path.join(cfg.results_dir, ".cache", f"{key[:32]}.json")
         row = read_kept(kept)
         if row:
             print(f"{model} on {image_set.name}, k = {k_shot}: reused, same checkpoint, data and settings")
         else:
-            accuracies_of = accuracies_of or prepare_test(model, path, checkpoint, image_set, settings, device)
+            accuracies_of = accuracies_of or prepare_test(model, path, checkpoint, image_set, device)
             sets = support_sets(image_set.labels, k_shot, image_set.class_names, settings.get("max_support_sets", 0))
-            accuracies = accuracies_of(sets, progress=partial(tqdm, desc=f"{model} on {image_set.name}, k = {k_shot}", leave=False, dynamic_ncols=True))
+            bar = partial(tqdm, desc=f"{model} on {image_set.name}, k = {k_shot}", leave=False, dynamic_ncols=True)
+            accuracies = accuracies_of(sets, settings, bar)
             accuracy, std, ci95 = summarize(accuracies)
             row = {
                 **identity,
-                "k_shot": k_shot,
                 "n_way": len(image_set.class_names),
                 "accuracy": accuracy,
                 "std": std,
@@ -165,31 +171,33 @@ def test_model(cfg, model, path, checkpoint, image_set, device):
     return rows
 
 
-def test_settings(cfg, model, checkpoint):
-    """Return what else decides a result: nothing for nearest prototypes, the inner loop for models that adapt."""
+def test_settings(cfg, model, checkpoint, position):
+    """Return what else decides a result: nothing for nearest prototypes, the inner loop at this k for models that adapt."""
     if model in ("pixels", "protonet"):
         return {}
     trained = checkpoint["config"]
-    return {
-        "num_inner_steps": cfg.num_inner_steps,
-        "lr_inner": cfg.lr_inner or trained["lr_inner"],
-        "lr_output": cfg.lr_output or trained["lr_output"],
-        "output_init": trained["output_init"],
-        "max_support_sets": cfg.max_support_sets,
-    }
+    settings = {"output_init": trained.get("output_init", "prototypes"), "batchnorm": trained.get("batchnorm", "batch")}
+    for name in ("num_inner_steps", "lr_inner", "lr_output"):
+        values = getattr(cfg, name) or (trained[name],)
+        settings[name] = values[position] if len(values) > 1 else values[0]
+    return {**settings, "max_support_sets": cfg.max_support_sets}
 
 
-def prepare_test(model, path, checkpoint, image_set, settings, device):
-    """Return the function (sets, progress) -> accuracies [S] of a model on a data set."""
+def prepare_test(model, path, checkpoint, image_set, device):
+    """Return the function (sets, settings, progress) -> accuracies [S] of a model on a data set."""
     image_set = image_set.to(device)
     n_way = len(image_set.class_names)
     images = normalize(image_set.images, checkpoint["mean"], checkpoint["std"])  # [N, 3, H, W]
     encoder = encoder_of(checkpoint, path).to(device)
     if model in ("protomaml", "maml"):
-        inner_loop = {"num_steps": settings["num_inner_steps"], **{name: settings[name] for name in ("lr_inner", "lr_output", "output_init")}}
-        return lambda sets, progress: adapted_accuracies(encoder, images, image_set.labels, sets, n_way, inner_loop, progress)
+
+        def accuracies_of(sets, settings, progress):
+            inner_loop = {name: value for name, value in settings.items() if name != "max_support_sets"}
+            return adapted_accuracies(encoder, images, image_set.labels, sets, n_way, inner_loop, progress)
+
+        return accuracies_of
     features = images.flatten(1) if model == "pixels" else encode_in_batches(encoder, images)  # [N, D]
-    return lambda sets, progress: nearest_prototype_accuracies(features, image_set.labels, sets, n_way, progress)
+    return lambda sets, settings, progress: nearest_prototype_accuracies(features, image_set.labels, sets, n_way, progress)
 
 
 def read_kept(path):
@@ -213,7 +221,7 @@ def draw_figures(cfg, data, split, tested, rows):
     for image_set in tested:
         of_set = [row for row in rows if row["dataset"] == image_set.name]
         models = [model for model in ("pixels", *MODEL_NAMES) if any(row["model"] == model for row in of_set)]
-        title = f"{'Test classes' if image_set is tested[0] else 'All classes'} of {image_set.name}"
+        title = f"{'All' if image_set is not tested[0] else 'Test' if cfg.classes == 'test' else 'Validation'} classes of {image_set.name}"
         plot_accuracy_over_k(of_set, models, title, where(f"models_{image_set.name}"))
         if image_set is tested[0] and "protonet" in models:
             plot_accuracy_over_k(of_set, ["protonet"], f"ProtoNet: {title.lower()}", where(f"protonet_{image_set.name}"))

@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 
 from common.augment import augment, draw_augmentation
-from common.checkpoint import MODEL_NAMES, TrainingRun
-from common.config import require_at_least, require_one_of, require_positive, run_script
+from common.checkpoint import MODEL_NAMES, TrainingRun, encoder_of, load_checkpoint
+from common.config import LARGEST_RATE, LARGEST_SEED, UserError, require_at_least, require_at_most, require_one_of, require_positive, run_script
 from common.data import channel_statistics, load_dataset, normalize, split_classes
 from common.device import pick_device
-from common.encoder import make_encoder
+from common.encoder import LARGEST_DIM, make_encoder
 from common.figures import plot_training_curves
-from common.inner_loop import OUTPUT_INITS, adapt, follow_statistics, hand_over_gradients
+from common.inner_loop import BATCHNORMS, OUTPUT_INITS, adapt, follow_statistics, hand_over_gradients
 from common.samplers import FewShotBatchSampler, TaskBatchSampler, episode_labels
 
 
@@ -39,9 +39,11 @@ class Config:
     tasks_per_step: int = 16  # tasks (episodes) whose gradients make up one outer step
     val_way: int = 0  # classes per validation episode; 0: as n_way, or all validation classes if these are fewer
     # model
-    proto_dim: int = 64  # length of a feature vector and of a prototype
+    proto_dim: int = 64  # numbers in a feature vector and in a prototype
     output_init: str = "prototypes"  # start of the output layer: prototypes (ProtoMAML) or zeros (MAML)
+    init_from: str = ""  # checkpoint whose encoder training starts from, a ProtoNet's for example; empty: random weights
     # inner loop
+    batchnorm: str = "batch"  # statistics that BatchNorm uses: batch (of the support or the query set) or frozen (the encoder's)
     num_inner_steps: int = 1  # SGD steps on the support set in training
     lr_inner: float = 0.1  # learning rate of these steps for the encoder
     lr_output: float = 0.1  # learning rate of these steps for the output layer
@@ -60,11 +62,16 @@ class Config:
     overwrite: bool = False  # discard the unfinished run
 
     def __post_init__(self):
-        require_at_least(self, 2, "n_way")
+        require_at_least(self, 2, "n_way", *(["val_way"] if self.val_way else []))
         require_at_least(self, 1, "k_shot", "n_query", "tasks_per_step", "proto_dim", "num_inner_steps", "epochs")
-        require_at_least(self, 0, "val_way", "val_episodes", "weight_decay", "steps_per_epoch", "seed")
+        require_at_least(self, 0, "val_episodes", "weight_decay", "steps_per_epoch", "seed")
         require_positive(self, "lr", "lr_drops", "lr_inner", "lr_output")
+        require_at_most(self, 1, "lr_drops")
+        require_at_most(self, LARGEST_RATE, "lr", "lr_inner", "lr_output", "weight_decay")
+        require_at_most(self, LARGEST_SEED, "seed")
+        require_at_most(self, LARGEST_DIM, "proto_dim")
         require_one_of(self, "output_init", OUTPUT_INITS)
+        require_one_of(self, "batchnorm", BATCHNORMS)
 
 
 def main(cfg):
@@ -83,15 +90,16 @@ def main(cfg):
     val_sampler = FewShotBatchSampler(val.labels, val_way, cfg.k_shot, shuffle=False, shuffle_once=True, class_names=val.class_names, seed=0, **episode_of)
     val_episodes = val_sampler.episodes()[: cfg.val_episodes or None]
 
-    encoder = make_encoder(cfg.proto_dim).to(device).train()
+    encoder, encoder_arguments = starting_encoder(cfg, split)
+    encoder = encoder.to(device).train(cfg.batchnorm == "batch")
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
-    about = {"encoder": {"proto_dim": cfg.proto_dim}, "class_split": split, "mean": mean, "std": std, "data_digest": data.digest()}
+    about = {"encoder": encoder_arguments, "class_split": split, "mean": mean, "std": std, "data_digest": data.digest()}
     model = "protomaml" if cfg.output_init == "prototypes" else "maml"
     run = TrainingRun(cfg, model, encoder, optimizer, sampler.generator, about)
 
     train, val = train.to(device), val.to(device)
     num_support = cfg.n_way * cfg.k_shot
-    inner_loop = {"num_steps": cfg.num_inner_steps, "lr_inner": cfg.lr_inner, "lr_output": cfg.lr_output, "output_init": cfg.output_init}
+    inner_loop = {name: getattr(cfg, name) for name in ("num_inner_steps", "lr_inner", "lr_output", "output_init", "batchnorm")}
     y_spt, y_qry = episode_labels(cfg.n_way, cfg.k_shot, device), episode_labels(cfg.n_way, cfg.n_query, device)
     local = None  # the copy that is adapted, made once and filled anew for every task
     for epoch in run.epochs():
@@ -120,11 +128,25 @@ def main(cfg):
             optimizer.step()  # the gradients of the tasks are summed
             run.track(torch.stack(losses).mean(), torch.stack(accuracies).mean())
 
-        run.end_epoch(lr, *validate(encoder, local, normalize(val.images, mean, std), val_episodes.to(device), val_way, cfg, inner_loop))
+        run.end_epoch(learning_rate(cfg, epoch), *validate(encoder, local, normalize(val.images, mean, std), val_episodes.to(device), val_way, cfg, inner_loop))
 
     plot_training_curves(run.history, MODEL_NAMES[model], cfg.dataset, os.path.join(run.folder, f"{model}_curves"))
     print(f"best epoch {run.best['epoch']}, validation accuracy {run.best['val_accuracy']:.2%}: {run.best_path}")
     print(f"next: python evaluate.py --dataset={cfg.dataset}")
+
+
+def starting_encoder(cfg, split):
+    """Return a new encoder, or that of `init_from`, and the arguments that make_encoder needs to build it again.
+
+    Raises UserError where that checkpoint has other training classes: it may have seen the ones held out here.
+    """
+    if not cfg.init_from:
+        arguments = {"proto_dim": cfg.proto_dim}
+        return make_encoder(**arguments), arguments
+    checkpoint = load_checkpoint(cfg.init_from)
+    if checkpoint["class_split"] not in ({}, split):
+        raise UserError(f"{cfg.init_from} was trained on other classes than this run; start from a checkpoint of the same data set")
+    return encoder_of(checkpoint, cfg.init_from), checkpoint["encoder"]
 
 
 def learning_rate(cfg, epoch):

@@ -8,18 +8,19 @@
 Writes checkpoints/<dataset>/protonet.pt (best epoch), protonet_last.pt (to resume), protonet.csv, protonet_curves.png.
 """
 
+import math
 import os
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from common.augment import augment, draw_augmentation
+from common.augment import augment, draw_augmentation, draw_jitter, jitter_colors
 from common.checkpoint import TrainingRun
-from common.config import require_at_least, require_positive, run_script
+from common.config import LARGEST_RATE, LARGEST_SEED, require_at_least, require_at_most, require_positive, run_script
 from common.data import channel_statistics, load_dataset, normalize, split_classes
 from common.device import pick_device
-from common.encoder import encode_in_batches, make_encoder
+from common.encoder import LARGEST_DIM, encode_in_batches, make_encoder
 from common.figures import plot_training_curves
 from common.prototypes import distance_logits, make_prototypes
 from common.samplers import FewShotBatchSampler, episode_labels
@@ -30,19 +31,28 @@ class Config:
     # data
     dataset: str = "cifar100"  # data set to train on: cifar100, glyphs, or a file or folder of yours in data_dir
     data_dir: str = os.environ.get("PATH_DATASETS", "data")  # folder of the data sets
+    # classification of all training classes at once, before the episodes
+    pretrain_epochs: int = 0  # the first so many of the epochs; 0: episodes from the start
+    pretrain_lr: float = 3e-3  # highest learning rate of its one-cycle schedule
+    batch_size: int = 128  # images per step
+    label_smoothing: float = 0.1  # share of the target probability that is spread over all classes
     # episode
     n_way: int = 5  # classes per training episode
     k_shot: int = 4  # support images per class
     n_query: int = 4  # query images per class
     val_way: int = 0  # classes per validation episode; 0: as n_way, or all validation classes if these are fewer
     # model
-    proto_dim: int = 64  # length of a feature vector and of a prototype
+    proto_dim: int = 64  # numbers in a feature vector and in a prototype
+    unit_features: bool = False  # give every feature vector the same, learned length: cosine similarity with a temperature
+    # augmentation
+    least_crop: float = 0.8  # area of the smallest random crop, as a share of the image
+    color_jitter: float = 0.0  # largest random change of brightness, contrast and saturation, as a share
     # optimizer
-    epochs: int = 200  # passes over the training images
-    lr: float = 2e-4  # learning rate of AdamW
-    lr_drops: tuple[float, ...] = (0.7, 0.9)  # the learning rate is divided by 10 after these shares of the epochs
+    epochs: int = 200  # passes over the training images, those of pretrain_epochs included
+    lr: float = 2e-4  # learning rate of AdamW in the episodes
+    lr_drops: tuple[float, ...] = (0.7, 0.9)  # the learning rate is divided by 10 after these shares of the episodes' epochs
     weight_decay: float = 0.01  # of AdamW
-    steps_per_epoch: int = 0  # training episodes per epoch; 0: as many as the images give
+    steps_per_epoch: int = 0  # steps per epoch; 0: as many as the images give
     # run
     seed: int = 42  # of weights, episodes and augmentation; validation episodes are the same for every seed
     device: str = "auto"  # auto, cuda, mps or cpu
@@ -51,10 +61,14 @@ class Config:
     overwrite: bool = False  # discard the unfinished run
 
     def __post_init__(self):
-        require_at_least(self, 2, "n_way")
-        require_at_least(self, 1, "k_shot", "n_query", "proto_dim", "epochs")
-        require_at_least(self, 0, "val_way", "weight_decay", "steps_per_epoch", "seed")
-        require_positive(self, "lr", "lr_drops")
+        require_at_least(self, 2, "n_way", *(["val_way"] if self.val_way else []))
+        require_at_least(self, 1, "k_shot", "n_query", "proto_dim", "epochs", "batch_size")
+        require_at_least(self, 0, "pretrain_epochs", "label_smoothing", "color_jitter", "weight_decay", "steps_per_epoch", "seed")
+        require_at_most(self, 1, "label_smoothing", "color_jitter", "least_crop", "lr_drops")
+        require_at_most(self, LARGEST_RATE, "lr", "pretrain_lr", "weight_decay")
+        require_at_most(self, LARGEST_SEED, "seed")
+        require_at_most(self, LARGEST_DIM, "proto_dim")
+        require_positive(self, "lr", "lr_drops", "pretrain_lr", "least_crop")
 
 
 def main(cfg):
@@ -72,46 +86,69 @@ def main(cfg):
     sampler = FewShotBatchSampler(train.labels, cfg.n_way, cfg.k_shot, class_names=train.class_names, seed=cfg.seed, **episode_of)
     val_sampler = FewShotBatchSampler(val.labels, val_way, cfg.k_shot, shuffle=False, shuffle_once=True, class_names=val.class_names, seed=0, **episode_of)
 
-    encoder = make_encoder(cfg.proto_dim).to(device)
-    optimizer = torch.optim.AdamW(encoder.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
-    about = {"encoder": {"proto_dim": cfg.proto_dim}, "class_split": split, "mean": mean, "std": std, "data_digest": data.digest()}
-    run = TrainingRun(cfg, "protonet", encoder, optimizer, sampler.generator, about)
+    encoder_arguments = {"proto_dim": cfg.proto_dim, "unit_features": cfg.unit_features}
+    encoder = make_encoder(**encoder_arguments).to(device)
+    # Prototypes of all training classes, learned like weights: for the classification before the episodes.
+    class_prototypes = torch.nn.Embedding(len(train.class_names), cfg.proto_dim).to(device)
+    torch.nn.init.normal_(class_prototypes.weight, std=0.1)
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *class_prototypes.parameters()], lr=cfg.lr, weight_decay=cfg.weight_decay)
+    about = {"encoder": encoder_arguments, "class_split": split, "mean": mean, "std": std, "data_digest": data.digest()}
+    run = TrainingRun(cfg, "protonet", encoder, optimizer, sampler.generator, about, aside=class_prototypes)
 
     train, val = train.to(device), val.to(device)
     num_support = cfg.n_way * cfg.k_shot
     y_qry = episode_labels(cfg.n_way, cfg.n_query, device)  # [N*Q]
     for epoch in run.epochs():
-        lr = learning_rate(cfg, epoch)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        episodes = sampler.episodes()  # [E, N*(K+Q)]
-        boxes, flips = draw_augmentation(episodes.numel(), *train.images.shape[2:], sampler.generator)
-        episodes, boxes, flips = episodes.to(device), boxes.view(*episodes.shape, 4).to(device), flips.view(episodes.shape).to(device)
+        classify = epoch < cfg.pretrain_epochs
+        batches = random_batches(len(train.labels), cfg.batch_size, sampler.generator) if classify else sampler.episodes()  # [steps, B]
+        boxes, flips = draw_augmentation(batches.numel(), *train.images.shape[2:], sampler.generator, cfg.least_crop)
+        jitter = draw_jitter(batches.numel(), cfg.color_jitter, sampler.generator)
+        batches, boxes, flips, jitter = (draws.view(*batches.shape, *draws.shape[1:]).to(device) for draws in (batches.flatten(), boxes, flips, jitter))
 
         encoder.train()
-        for step in run.steps(min(cfg.steps_per_epoch or len(episodes), len(episodes))):
-            images = augment(train.images[episodes[step]], boxes[step], flips[step])
-            # Support and query go through the encoder together: BatchNorm sees both.
-            features = encoder(normalize(images, mean, std))  # [N*(K+Q), D]
-            x_spt, x_qry = features[:num_support], features[num_support:]
-            logits = distance_logits(x_qry, make_prototypes(x_spt, cfg.n_way))  # [N*Q, N]
-            loss = F.cross_entropy(logits, y_qry)
+        for step in run.steps(min(cfg.steps_per_epoch or len(batches), len(batches))):
+            lr = learning_rate(cfg, epoch + step / len(batches))
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            images = augment(train.images[batches[step]], boxes[step], flips[step])
+            if cfg.color_jitter:
+                images = jitter_colors(images, jitter[step])
+            features = encoder(normalize(images, mean, std))  # [B, D]
+
+            if classify:
+                logits, labels = distance_logits(features, class_prototypes.weight), train.labels[batches[step]]  # [B, C], [B]
+                loss = F.cross_entropy(logits, labels, label_smoothing=cfg.label_smoothing)
+            else:
+                # Support and query went through the encoder together: BatchNorm saw both.
+                x_spt, x_qry = features[:num_support], features[num_support:]  # [N*K, D], [N*Q, D]
+                logits, labels = distance_logits(x_qry, make_prototypes(x_spt, cfg.n_way)), y_qry  # [N*Q, N]
+                loss = F.cross_entropy(logits, labels)
 
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            run.track(loss, (logits.argmax(dim=1) == y_qry).float().mean())
+            run.track(loss, (logits.argmax(dim=1) == labels).float().mean())
 
-        run.end_epoch(lr, *validate(encoder, normalize(val.images, mean, std), val_sampler.episodes(), val_way, cfg))
+        run.end_epoch(learning_rate(cfg, epoch), *validate(encoder, normalize(val.images, mean, std), val_sampler.episodes(), val_way, cfg))
 
     plot_training_curves(run.history, "ProtoNet", cfg.dataset, os.path.join(run.folder, "protonet_curves"))
     print(f"best epoch {run.best['epoch']}, validation accuracy {run.best['val_accuracy']:.2%}: {run.best_path}")
     print(f"next: python evaluate.py --dataset={cfg.dataset}")
 
 
-def learning_rate(cfg, epoch):
-    """Return the learning rate of an epoch (counted from 0)."""
-    return cfg.lr * 0.1 ** sum(epoch >= round(share * cfg.epochs) for share in cfg.lr_drops)
+def learning_rate(cfg, epochs_done):
+    """Return the learning rate after so many epochs (a fraction within an epoch)."""
+    if epochs_done < cfg.pretrain_epochs:  # one cycle: up in the first fifth, down along half a cosine
+        done = epochs_done / cfg.pretrain_epochs
+        return cfg.pretrain_lr * (max(done, 0.001) / 0.2 if done < 0.2 else 0.5 + 0.5 * math.cos(math.pi * (done - 0.2) / 0.8))
+    done = (math.floor(epochs_done) - cfg.pretrain_epochs) / (cfg.epochs - cfg.pretrain_epochs)
+    return cfg.lr * 0.1 ** sum(done >= share for share in cfg.lr_drops)
+
+
+def random_batches(count, batch_size, generator):
+    """Return the numbers 0..count-1 in random order as int64 [count // batch_size, batch_size]; the rest is left out."""
+    size = min(batch_size, count)
+    return torch.randperm(count, generator=generator)[: count // size * size].view(-1, size)
 
 
 @torch.no_grad()

@@ -9,18 +9,18 @@ import math
 
 import torch
 
-SCALE = (0.8, 1.0)  # area of the crop, as a share of the image
+LEAST_SCALE = 0.8  # area of the smallest crop, as a share of the image; the largest is all of it
 RATIO = (0.9, 1.1)  # width of the crop over its height
 ATTEMPTS = 10  # crops drawn until one fits into the image, as in torchvision
 
 
-def draw_augmentation(count, height, width, generator):
+def draw_augmentation(count, height, width, generator, least_scale=LEAST_SCALE):
     """Draw crop boxes and flips for `count` images of `height` x `width` pixels.
 
-    Returns `boxes` int64 [count, 4] = (top, left, height, width), in pixels, and `flips` bool [count].
+    least_scale: area of the smallest crop, as a share of the image. Returns `boxes` int64 [count, 4] = (top, left, height, width), in pixels, and `flips` bool [count].
     """
     uniform = torch.rand(2, count, ATTEMPTS, generator=generator)
-    area = height * width * (SCALE[0] + uniform[0] * (SCALE[1] - SCALE[0]))
+    area = height * width * (least_scale + uniform[0] * (1 - least_scale))
     ratio = torch.exp(math.log(RATIO[0]) + uniform[1] * math.log(RATIO[1] / RATIO[0]))
     crop_height = (area / ratio).sqrt().round().long()  # [count, ATTEMPTS]
     crop_width = (area * ratio).sqrt().round().long()
@@ -50,6 +50,29 @@ def augment(images, boxes, flips):
     # Bilinear interpolation is linear in each direction: two matrix products do it for the whole batch.
     augmented = rows[:, None] @ images.float() @ columns[:, None].transpose(2, 3)
     return augmented.contiguous(memory_format=torch.channels_last)
+
+
+def draw_jitter(count, strength, generator):
+    """Draw factors of brightness, contrast and saturation, uniform in 1 - strength .. 1 + strength; float32 [count, 3]."""
+    return 1 + strength * (2 * torch.rand(count, 3, generator=generator) - 1)
+
+
+def jitter_colors(images, factors):
+    """Change brightness, then contrast, then saturation of images [B, 3, H, W] in 0..255 by factors [B, 3].
+
+    Contrast blends with the mean grey of the image, saturation with the grey of each pixel, as in torchvision.
+    """
+    brightness, contrast, saturation = factors.T[:, :, None, None, None]
+    images = (images * brightness).clamp(0, 255)
+    mean_grey = _grey(images).mean(dim=(2, 3), keepdim=True)
+    images = (mean_grey + contrast * (images - mean_grey)).clamp(0, 255)
+    grey = _grey(images)
+    return (grey + saturation * (images - grey)).clamp(0, 255)
+
+
+def _grey(images):
+    red, green, blue = images.unbind(dim=1)
+    return (0.2989 * red + 0.587 * green + 0.114 * blue)[:, None]  # Rec. 601, as in torchvision
 
 
 def _interpolation(start, length, size):

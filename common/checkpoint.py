@@ -7,7 +7,9 @@ which only a resumed run reads. Both appear whole or not at all.
 import csv
 import dataclasses
 import io
+import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -20,13 +22,14 @@ from common.config import UserError
 from common.data import CIFAR100_MEAN, CIFAR100_STD
 from common.encoder import make_encoder
 from common.files import atomic_file, write_text
+from common.inner_loop import BATCHNORMS, OUTPUT_INITS
 
 FORMAT = "few-shot checkpoint, version 1"
 SAVE_EVERY = 120  # seconds between two saves inside an epoch
 LOG_EVERY = 20  # steps between two looks at the loss: on a GPU a look waits for all the work before it
 MODEL_NAMES = {"protonet": "ProtoNet", "protomaml": "ProtoMAML", "maml": "MAML"}
-# What a resumed run may have otherwise than the run that it continues.
-FREE_TO_CHANGE = ("data_dir", "checkpoint_dir", "device", "epochs", "resume", "overwrite")
+# Of a run's config, what says where it ran and not what it did: a checkpoint does not carry it.
+NOT_KEPT = ("data_dir", "checkpoint_dir", "device", "resume", "overwrite")
 
 
 def save_checkpoint(path, contents):
@@ -76,12 +79,14 @@ class TrainingRun:
     model: "protonet", "protomaml" or "maml". encoder, optimizer: trained in place by the script.
     generator: where episodes and augmentation are drawn from; put back to the epoch's start when a run goes on inside one.
     about: what the checkpoints carry besides: encoder arguments, class split, mean, std, data digest.
+    aside: a module that is trained with the encoder and of no use after; only `last` carries it.
 
     Raises UserError where an unfinished run is found and neither resume nor overwrite is given, or where a run cannot
     be resumed as asked.
     """
 
-    def __init__(self, cfg, model, encoder, optimizer, generator, about):
+    def __init__(self, cfg, model, encoder, optimizer, generator, about, aside=None):
+        self.aside = aside
         self.cfg, self.model, self.encoder, self.optimizer, self.generator, self.about = cfg, model, encoder, optimizer, generator, about
         self.folder = os.path.join(cfg.checkpoint_dir, cfg.dataset)
         self.best_path = os.path.join(self.folder, f"{model}.pt")
@@ -134,6 +139,8 @@ class TrainingRun:
     def end_epoch(self, lr, val_loss, val_accuracy):
         """Record an epoch with its validation, write best, last and CSV, and print one line."""
         train_loss, train_accuracy = self._means()
+        if not math.isfinite(val_loss):
+            raise UserError(f"the validation loss became {val_loss} after epoch {self.epoch + 1}, step {self.step}; {self._advice()}")
         row = {
             "epoch": self.epoch + 1,
             "lr": lr,
@@ -146,12 +153,12 @@ class TrainingRun:
         self.epoch, self.step = self.epoch + 1, 0
         self.sums.zero_()
         self.epoch_start = self.generator.get_state()
-        # The best epoch's file first: were the run killed in between, `last` would still lie before this epoch.
+        # `last` comes last: were the run killed before, it would still lie before this epoch, and the epoch be done again.
         if self.best is None or val_accuracy > self.best["val_accuracy"]:
             self.best = row
             save_checkpoint(self.best_path, self._contents(row))
-        self._save_last()
         self._write_csv()
+        self._save_last()
         print(
             f"epoch {row['epoch']}/{self.cfg.epochs} | lr {lr:.1e} | train loss {train_loss:.4f} acc {train_accuracy:.2%} | "
             f"val loss {val_loss:.4f} acc {val_accuracy:.2%}{' (best)' if self.best is row else ''} | {time.perf_counter() - self.epoch_clock:.0f} s",
@@ -160,7 +167,12 @@ class TrainingRun:
         self._leave_if_asked()
 
     def _begin(self):
-        last = load_checkpoint(self.last_path) if os.path.exists(self.last_path) and not self.cfg.overwrite else None
+        last = None
+        if os.path.exists(self.last_path) and not self.cfg.overwrite:
+            last = load_checkpoint(self.last_path)
+            missing = {"optimizer", "generator", "torch_rng", "step", "sums", "history", "best_epoch"} - set(last)
+            if missing:
+                raise UserError(f"{self.last_path} is damaged: it has no {sorted(missing)[0]!r}; discard it with --overwrite=true")
         if self.cfg.resume:
             if last is None:
                 raise UserError(f"there is nothing to resume: found no {self.last_path}; start without --resume=true (and without --overwrite=true)")
@@ -181,8 +193,8 @@ class TrainingRun:
     def _resume(self, last):
         differences = [
             f"{name} was {old!r} and is {new!r}"
-            for name, new in _plain(dataclasses.asdict(self.cfg)).items()
-            if name not in FREE_TO_CHANGE and (old := last["config"].get(name)) != new
+            for name, new in self._config().items()
+            if name != "epochs" and (old := last["config"].get(name)) != new
         ]
         for name, words in (("data_digest", "the images of the data set"), ("class_split", "the class split"), ("encoder", "the encoder")):
             if last.get(name) != self.about[name]:
@@ -192,6 +204,8 @@ class TrainingRun:
         if last["epoch"] > self.cfg.epochs:
             raise UserError(f"cannot resume {self.last_path}: {last['epoch']} epochs are done, --epochs={self.cfg.epochs} asks for fewer; pass at least --epochs={last['epoch']}")
         self.encoder.load_state_dict(last["state_dict"])
+        if self.aside:
+            self.aside.load_state_dict(last["aside"])
         self.optimizer.load_state_dict(last["optimizer"])
         self.generator.set_state(last["generator"])
         torch.set_rng_state(last["torch_rng"])
@@ -199,25 +213,33 @@ class TrainingRun:
         self.best = self.history[last["best_epoch"] - 1] if last["best_epoch"] else None
         print(f"resumed {self.last_path}: {self.epoch} of {self.cfg.epochs} epochs done, step {self.step} of the next")
 
-    def _contents(self, row=None):
-        contents = {
+    def _config(self):
+        values = {name: value for name, value in dataclasses.asdict(self.cfg).items() if name not in NOT_KEPT}
+        # Lists, as a checkpoint gives them back.
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    def _contents(self, row):
+        return {
             "format": FORMAT,
             "model": self.model,
             "dataset": self.cfg.dataset,
-            "config": _plain(dataclasses.asdict(self.cfg)),
+            "config": self._config(),
             "epoch": self.epoch,
             "val_accuracy": row["val_accuracy"] if row else None,
             "state_dict": self.encoder.state_dict(),
             **self.about,
         }
-        return contents
 
     def _save_last(self):
-        self._means()  # raises before a spoilt state replaces a good one
+        # Both raise before a spoilt state replaces a good one.
+        self._means()
+        if not torch.stack([tensor.isfinite().all() for tensor in self.encoder.state_dict().values()]).all():
+            raise UserError(f"the weights became NaN or infinite in epoch {self.epoch + 1}, by step {self.step}; {self._advice()}")
         save_checkpoint(
             self.last_path,
             {
                 **self._contents(self.best),
+                "aside": self.aside.state_dict() if self.aside else None,
                 "optimizer": self.optimizer.state_dict(),
                 "generator": self.epoch_start,
                 "torch_rng": torch.get_rng_state(),
@@ -238,11 +260,11 @@ class TrainingRun:
     def _means(self):
         loss, accuracy, finite_steps = self.sums.tolist()
         if finite_steps < self.step:
-            raise UserError(
-                f"the loss became {loss} in epoch {self.epoch + 1}, step {int(finite_steps) + 1}; {self.last_path} still holds the last good state: "
-                f"start again with a lower --lr and --overwrite=true"
-            )
+            raise UserError(f"the loss became {loss} in epoch {self.epoch + 1}, step {int(finite_steps) + 1}; {self._advice()}")
         return loss / max(self.step, 1), accuracy / max(self.step, 1)
+
+    def _advice(self):
+        return f"{self.last_path} still holds the last good state; start again with a lower learning rate and --overwrite=true"
 
     def _ask_to_stop(self, number, frame):
         if self.signal == signal.SIGINT == number:
@@ -252,14 +274,9 @@ class TrainingRun:
 
     def _leave_if_asked(self):
         if self.signal:
-            command = [arg for arg in sys.argv if not arg.startswith(("--resume", "--overwrite"))]
-            print(f"saved {self.last_path}; go on with: python {shlex.join(command)} --resume=true", flush=True)
+            command = re.sub(r" --(resume|overwrite)[ =]\w+", "", shlex.join(sys.argv))
+            print(f"saved {self.last_path}; go on with: python {command} --resume=true", flush=True)
             raise SystemExit(128 + self.signal)
-
-
-def _plain(values):
-    # Values as a checkpoint gives them back: lists and tuples alike.
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def _first_line(error):
@@ -295,9 +312,25 @@ def _check_contents(contents, path):
     found = contents.get("format") if isinstance(contents, dict) else type(contents).__name__
     if found != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this project (found {str(found)[:60]!r}, needed {FORMAT!r}); pass another file")
-    kinds = {"model": str, "dataset": str, "config": dict, "encoder": dict, "state_dict": dict, "class_split": dict, "mean": (tuple, list), "std": (tuple, list), "epoch": int}
-    for name, kind in kinds.items():
-        if not isinstance(contents.get(name), kind):
-            raise UserError(f"{path} is damaged: {name!r} is {type(contents.get(name)).__name__}; pass another file")
-    if contents["model"] not in MODEL_NAMES:
-        raise UserError(f"{path} holds a model {contents['model']!r}, but one of {', '.join(MODEL_NAMES)} is needed; pass another file")
+    kinds = {"dataset": str, "config": dict, "encoder": dict, "state_dict": dict, "class_split": dict, "epoch": int}
+    wrong = [name for name, kind in kinds.items() if not isinstance(contents.get(name), kind)]
+    wrong += [name for name in ("mean", "std") if not _is_numbers(contents.get(name), 3)]
+    wrong += ["class_split"] if contents.get("class_split") and not _is_split(contents["class_split"]) else []
+    wrong += ["std"] if not wrong and min(contents["std"]) <= 0 else []
+    if not wrong and contents.get("model") in ("protomaml", "maml"):
+        inner_loop = contents["config"]
+        wrong += [name for name in ("lr_inner", "lr_output") if not _is_numbers([inner_loop.get(name)], 1)]
+        wrong += [name for name, allowed in (("output_init", OUTPUT_INITS), ("batchnorm", BATCHNORMS)) if inner_loop.get(name, allowed[0]) not in allowed]
+    if wrong:
+        raise UserError(f"{path} is damaged: its {wrong[0]!r} cannot be used; pass another file or train again")
+    if contents.get("model") not in MODEL_NAMES:
+        raise UserError(f"{path} holds a model {str(contents.get('model'))[:60]!r}, but one of {', '.join(MODEL_NAMES)} is needed; pass another file")
+
+
+def _is_numbers(values, count):
+    return isinstance(values, (tuple, list)) and len(values) == count and all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
+
+
+def _is_split(split):
+    parts = [split.get(part) for part in ("train", "val", "test")]
+    return all(isinstance(part, list) and part and all(isinstance(name, str) for name in part) for part in parts)

@@ -12,22 +12,31 @@ import sys
 import tokenize
 from typing import get_args, get_origin
 
+LARGEST_RATE = 1000  # of a learning rate; far above any use, far below what overflows
+LARGEST_SEED = 2**63 - 1  # that torch's generators take
+
 
 class UserError(Exception):
     """Something the user can put right. The message is one line: found, needed, what to do."""
 
+    def __init__(self, message):
+        super().__init__(" ".join(line.strip() for line in str(message).splitlines()))  # what a library says may have several
 
-def run_script(main, config_class):
-    """Read the command line, call `main(cfg)` and leave with its exit code (2 after a `UserError`)."""
+
+def run_script(main, config_class, recipes=None):
+    """Read the command line, call `main(cfg)` and leave with its exit code (2 after a `UserError`).
+
+    recipes: {name: {field: value}} for `--recipe=name`, if the class has a field of that name.
+    """
     script = os.path.basename(sys.argv[0])
     try:
-        cfg = parse_config(config_class, sys.argv[1:], script, inspect.getmodule(main).__doc__)
+        cfg = parse_config(config_class, sys.argv[1:], script, inspect.getmodule(main).__doc__, recipes)
         for line in changed_values(cfg):
             print(line)
         code = main(cfg) or 0
     except UserError as error:
         sys.stdout.flush()
-        print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{script}: error: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print(f"{script}: stopped; what was saved before is intact", file=sys.stderr)
@@ -35,13 +44,13 @@ def run_script(main, config_class):
     sys.exit(code)
 
 
-def parse_config(config_class, argv, script="script", doc=""):
-    """Return `config_class` with the values of `argv` (`--name=value`) in place of its defaults.
+def parse_config(config_class, argv, script="script", doc="", recipes=None):
+    """Return `config_class` with the values of `argv` (`--name=value`), else of the recipe, in place of its defaults.
 
     Field types may be int, float, bool, str, tuple[int, ...], tuple[float, ...] and tuple[str, ...]. Raises
     UserError for an unknown name, a value of the wrong type or one that the class itself refuses.
     """
-    parser = _Parser(prog=script, description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(prog=script, usage=f"python {script} [--name=value ...]", description=doc, allow_abbrev=False, formatter_class=_HelpFormat)
     group = parser
     meanings = field_meanings(config_class)
     for field in dataclasses.fields(config_class):
@@ -51,14 +60,22 @@ def parse_config(config_class, argv, script="script", doc=""):
         group.add_argument(
             f"--{field.name}",
             type=_reader(field.type),
-            default=field.default,
+            default=argparse.SUPPRESS,
             metavar=type_name(field.type),
-            help=f"{meaning} (default: {show(field.default)})".replace("%", "%%"),
+            help=f"{meaning} (default {show(field.default)})".replace("%", "%%"),
         )
-    values, unknown = parser.parse_known_args(argv)
+    values, unknown = parser.parse_known_args([word for word in argv if word != "--"])
+    unknown += [word for word in argv if word == "--"]  # argparse would take all behind it for something else
     if unknown:
         raise UserError(_unknown_option(unknown[0], [field.name for field in dataclasses.fields(config_class)]))
-    return config_class(**vars(values))
+    given = vars(values)
+    swallowed = [name for name, value in given.items() if isinstance(value, list)]  # argparse drops a value of "--"
+    if swallowed:
+        raise UserError(f"--{swallowed[0]}: invalid value '--'; --help lists every option")
+    recipe = given.get("recipe", getattr(config_class, "recipe", None))
+    if recipes and recipe not in recipes:
+        raise UserError(f"there is no recipe {recipe!r}; take one of {', '.join(recipes)}")
+    return config_class(**{**(recipes or {}).get(recipe, {}), **given})
 
 
 def field_meanings(config_class):
@@ -115,6 +132,14 @@ def require_at_least(cfg, least, *names):
                 raise UserError(f"{name} is {value}, but at least {least} is needed: pass --{name}=N with N >= {least}")
 
 
+def require_at_most(cfg, most, *names):
+    """Raise UserError unless each named number (or each number of a named list) is at most `most`."""
+    for name in names:
+        for value in _items(cfg, name):
+            if not value <= most:
+                raise UserError(f"{name} is {value}, but at most {most} is possible: pass --{name}=X with X <= {most}")
+
+
 def require_positive(cfg, *names):
     """Raise UserError unless each named number (or each number of a named list) is above zero and finite."""
     for name in names:
@@ -133,6 +158,19 @@ def require_one_of(cfg, name, allowed):
 def _items(cfg, name):
     value = getattr(cfg, name)
     return value if isinstance(value, tuple) else (value,)
+
+
+class _HelpFormat(argparse.RawDescriptionHelpFormatter):
+    """argparse's format, wide enough for one line per option, with --name=type as it is typed."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=36, width=140)
+
+    def _format_args(self, action, default_metavar):
+        return f"={super()._format_args(action, default_metavar)}"
+
+    def _format_action_invocation(self, action):
+        return super()._format_action_invocation(action).replace(" =", "=")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,5 +1,7 @@
 """The device to compute on, and how exactly it computes."""
 
+import re
+
 import torch
 
 from common.config import UserError
@@ -12,6 +14,8 @@ def pick_device(name):
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d)?", name):
+        raise UserError(f"there is no device {name!r} here; pass --device=auto, --device=cuda (cuda:1 and so on), --device=mps or --device=cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)

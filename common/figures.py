@@ -11,6 +11,9 @@ import torch
 from common.checkpoint import MODEL_NAMES
 from common.files import atomic_file
 
+plt.rcParams["text.parse_math"] = False  # a class may be called "US$": no formula begins there
+plt.rcParams["svg.hashsalt"] = "few-shot"  # the same numbers give the same bytes, see save_figure
+
 # Okabe and Ito's colours, which colour-blind readers can tell apart; markers differ as well.
 STYLES = {
     "protonet": {"color": "#D55E00", "marker": "o", "label": MODEL_NAMES["protonet"]},
@@ -59,7 +62,7 @@ def plot_examples(image_set, path, rows=2, columns=10):
         axis.axis("off")
     for axis, c in zip(axes.flat, chosen):
         image = image_set.images[int(torch.nonzero(image_set.labels == c)[0])]
-        axis.imshow(image.permute(1, 2, 0).cpu(), interpolation="nearest")
+        axis.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
         axis.set_title(_short(image_set.class_names[c]), fontsize=7)
     figure.suptitle(f"Examples of {image_set.name}")
     save_figure(figure, path)
@@ -118,7 +121,7 @@ def _grid(images, columns, gap=2):
     padded = torch.nn.functional.pad(images.cpu(), (0, gap, 0, gap), value=255)
     count, channels, height, width = padded.shape
     grid = padded.reshape(count // columns, columns, channels, height, width)
-    return grid.permute(0, 3, 1, 4, 2).reshape(count // columns * height, columns * width, channels)
+    return grid.permute(0, 3, 1, 4, 2).reshape(count // columns * height, columns * width, channels).numpy()
 
 
 def _short(name, length=16):

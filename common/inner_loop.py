@@ -1,43 +1,58 @@
 """The inner loop of first-order MAML on a deep copy of the encoder, and the hand-over of its gradients."""
 
-from contextlib import contextmanager
 from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
+from torch.func import functional_call
 
 from common.prototypes import make_prototypes, prototype_head
 
 OUTPUT_INITS = ("prototypes", "zeros")  # ProtoMAML and MAML
+BATCHNORMS = ("batch", "frozen")  # statistics that BatchNorm uses: those of the batch, or the encoder's running ones
 
 
-def adapt(encoder, x_spt, y_spt, n_way, num_steps, lr_inner, lr_output, output_init="prototypes", local=None):
+def adapt(
+    encoder, x_spt, y_spt, n_way, num_inner_steps, lr_inner, lr_output, output_init="prototypes", batchnorm="batch", *,
+    local=None, attached=True, share_first_pass=True,
+):  # fmt: skip
     """Adapt a copy of the encoder, with an output layer of its own, to a support set by SGD.
 
     encoder: the base model; its parameters, buffers and gradients come out as they went in.
     x_spt [n_way * K, 3, H, W], class by class; y_spt int64 [n_way * K], labels 0..n_way-1.
-    num_steps: SGD steps; lr_inner for the copy of the encoder, lr_output for the output layer.
+    num_inner_steps: SGD steps; lr_inner for the copy of the encoder, lr_output for the output layer.
     output_init: "prototypes" starts from the linear layer that equals a ProtoNet (ProtoMAML), "zeros" from nothing (MAML).
+    batchnorm: "batch": BatchNorm uses the statistics of the support set, which the copy's running statistics follow (the
+        tutorial's way); "frozen": it uses the encoder's running statistics, and they stay.
     local: a copy from an earlier call to be used again, which saves making one.
+    attached: whether the outer loop will want gradients through the prototypes; a test does not.
+    share_first_pass: take the prototypes and the first step from one pass through the encoder: before that step the copy
+        equals it. False runs two passes, as the algorithm is written down; the result is the same.
 
-    BatchNorm uses the statistics of the support set, and the copy's running statistics follow them.
-
-    Returns (local, weight [n_way, D], bias [n_way]): the adapted copy, in train mode, and the adapted output layer. The
-    output layer is attached to the base encoder through the prototypes: its gradient is that of its starting point,
-    as first-order MAML wants it (Finn et al. 2017, section 5.2; Triantafillou et al. 2020, section 3).
+    Returns (local, weight [n_way, D], bias [n_way]): the adapted copy and the adapted output layer. The copy is in
+    train mode after "batch", in eval mode after "frozen". The output layer is attached to the base encoder through the
+    prototypes: its gradient is that of its starting point, as first-order MAML wants it (Finn et al. 2017, section 5.2;
+    Triantafillou et al. 2020, section 3).
     """
     local = deepcopy(encoder) if local is None else copy_weights(encoder, local)
-    local.train()
-    init_weight, init_bias = output_layer(encoder, x_spt, n_way, output_init)
+    local.train(batchnorm == "batch")
+    features = base_features(encoder, local if share_first_pass else None, x_spt, batchnorm)  # [n_way * K, D]
+    if output_init == "prototypes":
+        init_weight, init_bias = prototype_head(make_prototypes(features if attached else features.detach(), n_way))
+    else:
+        init_weight, init_bias = features.new_zeros(n_way, features.shape[1]), features.new_zeros(n_way)
     weight = init_weight.detach().clone().requires_grad_()
     bias = init_bias.detach().clone().requires_grad_()
-    parameters = list(local.parameters())
 
-    for _ in range(num_steps):
-        loss = F.cross_entropy(F.linear(local(x_spt), weight, bias), y_spt)
-        *gradients, weight_gradient, bias_gradient = torch.autograd.grad(loss, [*parameters, weight, bias])
+    for step in range(num_inner_steps):
+        shared = share_first_pass and step == 0
+        model, features = (encoder, features) if shared else (local, local(x_spt))
+        loss = F.cross_entropy(F.linear(features, weight, bias), y_spt)
+        *gradients, weight_gradient, bias_gradient = torch.autograd.grad(
+            loss, [*model.parameters(), weight, bias], retain_graph=shared and attached
+        )
         with torch.no_grad():
-            torch._foreach_add_(parameters, gradients, alpha=-lr_inner)
+            torch._foreach_add_(list(local.parameters()), gradients, alpha=-lr_inner)
             weight -= lr_output * weight_gradient
             bias -= lr_output * bias_gradient
 
@@ -47,27 +62,17 @@ def adapt(encoder, x_spt, y_spt, n_way, num_steps, lr_inner, lr_output, output_i
     return local, weight, bias
 
 
-def output_layer(encoder, x_spt, n_way, output_init):
-    """Return the output layer's starting point, weight [n_way, D] and bias [n_way], as a function of the encoder."""
-    if output_init == "zeros":
-        width = encoder.classifier.out_features
-        return x_spt.new_zeros(n_way, width), x_spt.new_zeros(n_way)
-    with batch_statistics(encoder):
-        return prototype_head(make_prototypes(encoder(x_spt), n_way))
+def base_features(encoder, local, x_spt, batchnorm):
+    """Return the un-adapted encoder's features of the support set, and leave its mode and its buffers as they were.
 
-
-@contextmanager
-def batch_statistics(encoder):
-    """Within this context BatchNorm uses the statistics of the batch and leaves its running statistics alone."""
-    layers = [module for module in encoder.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    modes = [(layer.training, layer.track_running_stats) for layer in layers]
-    for layer in layers:
-        layer.training, layer.track_running_stats = True, False
-    try:
-        yield
-    finally:
-        for layer, (training, tracking) in zip(layers, modes):
-            layer.training, layer.track_running_stats = training, tracking
+    local: the copy whose running statistics shall take note of this pass, or None.
+    """
+    buffers = dict(local.named_buffers()) if local else {name: buffer.clone() for name, buffer in encoder.named_buffers()}
+    was_training = encoder.training
+    encoder.train(batchnorm == "batch")
+    features = functional_call(encoder, buffers, x_spt)  # the encoder's own parameters, but these buffers
+    encoder.train(was_training)
+    return features
 
 
 @torch.no_grad()

@@ -52,14 +52,14 @@ def nearest_prototype_accuracies(features, labels, sets, n_way, progress=iter):
 def adapted_accuracies(encoder, images, labels, sets, n_way, inner_loop, progress=iter, batch_size=500):
     """Return the accuracy of each support set, float64 [S], of a copy of the encoder adapted to that support set.
 
-    images [N, 3, H, W], normalised; inner_loop: the keyword arguments of `adapt` (num_steps, lr_inner, ...).
+    images [N, 3, H, W], normalised; inner_loop: the keyword arguments of `adapt` (num_inner_steps, lr_inner, ...).
     progress wraps the support sets, to show how far it is. The queries see the copy in eval mode.
     """
     accuracies, local = [], None
     for support in progress(sets):
         support = support.to(images.device)
         y_spt = episode_labels(n_way, len(support) // n_way, images.device)
-        local, weight, bias = adapt(encoder, images[support], y_spt, n_way, local=local, **inner_loop)
+        local, weight, bias = adapt(encoder, images[support], y_spt, n_way, local=local, attached=False, **inner_loop)
         local.eval()
         with torch.no_grad():
             logits = torch.cat([F.linear(local(batch), weight, bias) for batch in images.split(batch_size)])

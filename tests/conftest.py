@@ -1,0 +1,40 @@
+"""Fixtures that several test files share; a fixture named by a test's argument is made before the test runs.
+
+glyph_dir   path of a folder with `glyphs.npz` (20 classes of 24 images) and `glyph_digits.npz` (10 classes of 24 images):
+            usable as --data_dir. Made once per session and read by all: copy it before changing anything in it.
+no_network  no host name resolves within the test, so whatever tries to download fails at once.
+"""
+
+import socket
+
+import hypothesis
+import numpy as np
+import pytest
+
+from common.glyphs import draw_glyph_digits, draw_glyphs
+
+# The same examples in every run, and no folder of earlier ones: a failure here is a failure on every machine.
+hypothesis.settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
+hypothesis.settings.load_profile("repeatable")
+
+GLYPH_CLASSES = 20
+IMAGES_PER_CLASS = 24
+
+
+@pytest.fixture(scope="session")
+def glyph_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("glyph_data")
+    images, labels, class_names = draw_glyphs(images_per_class=IMAGES_PER_CLASS)
+    kept = labels < GLYPH_CLASSES
+    np.savez(folder / "glyphs.npz", images=images[kept], labels=labels[kept], class_names=np.array(class_names[:GLYPH_CLASSES]))
+    images, labels, class_names = draw_glyph_digits(images_per_class=IMAGES_PER_CLASS)
+    np.savez(folder / "glyph_digits.npz", images=images, labels=labels, class_names=np.array(class_names))
+    return folder
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def resolve_nothing(*args, **options):
+        raise socket.gaierror("the tests have no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve_nothing)

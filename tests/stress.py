@@ -1,0 +1,271 @@
+"""Kill training and evaluation with SIGKILL at random moments, resume until done, compare with an uninterrupted run.
+
+    python tests/stress.py --kills=100
+
+Prints one row per script and exits with 1 if anything was lost: a damaged file, a result that differs from that of the
+uninterrupted run by a single bit, a finished result that is computed again, a temporary file left behind.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # started as a script, it sees only its own folder
+
+from common.checkpoint import encoder_of, load_checkpoint
+from common.glyphs import draw_glyph_digits, draw_glyphs
+
+# The real script, but saving within an epoch every few steps: a kill then often finds a state inside an epoch on disk.
+OFTEN_SAVING = """
+import runpy, sys
+sys.path.insert(0, sys.argv[1])
+sys.argv = sys.argv[2:]
+import common.checkpoint
+common.checkpoint.SAVE_EVERY = 0.2
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+# Few and small episodes: an image takes some milliseconds.
+SMALL_EPISODES = ["--dataset=glyphs", "--n_way=2", "--k_shot=2", "--n_query=2"]
+SECONDS_OF_WORK = 4  # a process that is to be killed lives at most that long after its first file
+SECONDS_TO_FINISH = 300  # longer means that it hangs
+
+
+@dataclass
+class Job:
+    """A script with its arguments; `writes` is the option that names its output folder."""
+
+    name: str
+    script: str
+    arguments: list
+    writes: str
+
+    @property
+    def trains(self):
+        return self.script != "evaluate.py"
+
+
+def training_job(model, data_dir, *arguments):
+    """Return the Job that trains "protonet", "protomaml" or "maml" with small episodes on the glyphs in `data_dir`."""
+    own = {"protonet": [], "protomaml": ["--tasks_per_step=2"], "maml": ["--tasks_per_step=2", "--output_init=zeros"]}[model]
+    script = "train_protonet.py" if model == "protonet" else "train_protomaml.py"
+    return Job(model, script, [*SMALL_EPISODES, f"--data_dir={data_dir}", *own, *arguments], "checkpoint_dir")
+
+
+def make_data(folder, num_classes=20, images_per_class=24):
+    """Write a small glyphs.npz and glyph_digits.npz into `folder`."""
+    images, labels, class_names = draw_glyphs(images_per_class=images_per_class)
+    kept = labels < num_classes
+    np.savez(folder / "glyphs.npz", images=images[kept], labels=labels[kept], class_names=np.array(class_names[:num_classes]))
+    images, labels, class_names = draw_glyph_digits(images_per_class=images_per_class)
+    np.savez(folder / "glyph_digits.npz", images=images, labels=labels, class_names=np.array(class_names))
+
+
+def start(job, folder, log):
+    """Start the job with `folder` for its output; a training run is resumed where there is something to resume."""
+    arguments = [*job.arguments, f"--{job.writes}={folder}"]
+    if job.trains and any(folder.glob(f"*/{job.name}_last.pt")):
+        arguments.append("--resume=true")
+    # One thread: sums are then in the same order in every process, whatever else the machine does.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", OFTEN_SAVING, str(ROOT), str(ROOT / job.script), *arguments]
+    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
+
+
+def run_to_end(job, folder):
+    """Run the job and return (what it printed, seconds until its first file). Raises RuntimeError where it fails."""
+    with tempfile.TemporaryFile("w+") as log:
+        began = time.monotonic()
+        process = start(job, folder, log)
+        while process.poll() is None and not files_of(folder):
+            time.sleep(0.02)
+        first_file = time.monotonic() - began
+        try:
+            code = process.wait(SECONDS_TO_FINISH)
+        finally:
+            process.kill()
+        log.seek(0)
+        printed = log.read()
+    if code:
+        raise RuntimeError(f"{job.name} ended with exit code {code}:\n{printed[-2000:]}")
+    return printed, first_file
+
+
+def run_and_kill(job, folder, seconds, while_writing):
+    """Start the job, kill it after `seconds`; return whether it was killed before its end.
+
+    while_writing: from that moment on wait for a temporary file, so that the kill falls into the writing of a file.
+    """
+    with tempfile.TemporaryFile("w+") as log:
+        process = start(job, folder, log)
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            patience = time.monotonic() + SECONDS_OF_WORK
+            while while_writing and time.monotonic() < patience and process.poll() is None and not temporary_files(folder):
+                pass
+        process.kill()
+        code = process.wait()
+        if code > 0:
+            log.seek(0)
+            raise RuntimeError(f"{job.name} ended with exit code {code}:\n{log.read()[-2000:]}")
+        return code < 0
+
+
+def files_of(folder):
+    """Return all finished files under `folder`."""
+    return [path for path in folder.rglob("*") if path.is_file() and ".tmp" not in path.name]
+
+
+def temporary_files(folder):
+    """Return all files under `folder` that were being written."""
+    return [path for path in folder.rglob("*") if ".tmp" in path.name]
+
+
+def damaged_files(folder):
+    """Return (number of finished files read, names of those that cannot be read to their end)."""
+    files, damaged = files_of(folder), []
+    for path in files:
+        try:
+            if path.suffix == ".pt":
+                encoder_of(load_checkpoint(path), path)
+            elif path.suffix == ".png":
+                Image.open(path).load()
+            elif path.suffix == ".json":
+                json.loads(path.read_text())
+            elif not path.read_text().endswith({".svg": "</svg>\n"}.get(path.suffix, "\n")):
+                damaged.append(path.name)
+        except Exception:  # of whatever kind: the file is not whole
+            damaged.append(path.name)
+    return len(files), damaged
+
+
+def differences(expected, found):
+    """Return (number of files compared, names of those that differ) for two output folders.
+
+    Checkpoints are compared value by value and to the last bit, all else byte by byte; of figures only the PNG, as the
+    identifiers in an SVG are random.
+    """
+    paths = sorted(path.relative_to(expected) for path in files_of(expected) if path.suffix != ".svg")
+    differing = [str(path) for path in paths if not (found / path).exists() or not same_file(expected / path, found / path)]
+    return len(paths), differing
+
+
+def same_file(first, second):
+    if first.suffix == ".pt":
+        return same_value(load_checkpoint(first), load_checkpoint(second))
+    return first.read_bytes() == second.read_bytes()
+
+
+def same_value(first, second):
+    """Compare nested dicts, lists and tensors to the last bit."""
+    if isinstance(first, torch.Tensor):
+        return isinstance(second, torch.Tensor) and first.dtype == second.dtype and torch.equal(first, second)
+    if isinstance(first, dict):
+        return isinstance(second, dict) and first.keys() == second.keys() and all(same_value(first[key], second[key]) for key in first)
+    if isinstance(first, (list, tuple)):
+        return isinstance(second, (list, tuple)) and len(first) == len(second) and all(map(same_value, first, second))
+    return type(first) is type(second) and first == second
+
+
+def kill_and_compare(job, expected, folder, kills, first_file, seed):
+    """Kill the job `kills` times, resuming in between, and compare every finished run with the folder `expected`.
+
+    first_file: seconds until the job writes its first file. Returns (kills, resumes, files checked, losses), the last
+    a list of texts. A run that reaches its end before the last kill is followed by a new one in a new folder.
+    """
+    rng = random.Random(seed)
+    killed, resumes, checked, losses, rounds = 0, 0, 0, [], 0
+    while killed < kills or not rounds:
+        rounds += 1
+        output = folder / f"{job.name}_{rounds}"
+        output.mkdir()
+        finished = False
+        while not finished:
+            before = set(output.glob(".cache/*.json"))
+            resumes += bool(files_of(output))
+            if killed < kills:
+                finished = not run_and_kill(job, output, rng.uniform(0, first_file + SECONDS_OF_WORK), while_writing=rng.random() < 0.4)
+                killed += not finished
+            else:
+                printed, _ = run_to_end(job, output)
+                finished = True
+                if printed.count("reused") < len(before):
+                    losses.append(f"{job.name}: {len(before)} results were there, {printed.count('reused')} reused")
+            count, damaged = damaged_files(output)
+            checked += count
+            losses += [f"{job.name}: {name} is damaged" for name in damaged]
+            losses += [f"{job.name}: {path.name} is gone" for path in before if not path.exists()]
+        count, differing = differences(expected, output)
+        checked += count
+        losses += [f"{job.name}: {name} differs from the uninterrupted run" for name in differing]
+        losses += [f"{job.name}: {path.name} was left behind" for path in temporary_files(output)]
+    return killed, resumes, checked, losses
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100, help="kills in all, shared out among the scripts (default: 100)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills (default: 0)")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        return stress(Path(folder), options.kills, options.seed)
+
+
+def stress(folder, kills, seed):
+    """Kill all scripts, print the table, return the exit code."""
+    make_data(folder)
+    jobs = [training_job(model, folder, "--epochs=6", "--steps_per_epoch=20", *more) for model, more in (("protonet", []), ("protomaml", ["--val_episodes=4"]))]
+    jobs.append(
+        Job(
+            "evaluate",
+            "evaluate.py",
+            ["--dataset=glyphs", f"--data_dir={folder}", f"--checkpoint_dir={folder / 'trained'}", "--k_shots=2,4,8", "--num_inner_steps=8", "--max_support_sets=3"],
+            "results_dir",
+        )
+    )
+    # The uninterrupted runs. The trainers share one folder: the evaluation tests all that is in it.
+    expected, first_file = {}, {}
+    for job in jobs:
+        alone = folder / f"{job.name}_alone"
+        alone.mkdir()
+        _, first_file[job.name] = run_to_end(job, alone)
+        expected[job.name] = alone
+        if job.trains:
+            shutil.copytree(alone, folder / "trained", dirs_exist_ok=True)
+
+    shares = [kills // len(jobs) + (position < kills % len(jobs)) for position in range(len(jobs))]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        pending = [pool.submit(kill_and_compare, job, expected[job.name], folder, share, first_file[job.name], seed + position) for position, (job, share) in enumerate(zip(jobs, shares))]
+        results = [future.result() for future in pending]
+
+    print(f"{'script':<18}{'kills':>7}{'resumes':>9}{'files checked':>15}{'losses':>8}")
+    print("-" * 57)
+    total = [0, 0, 0, 0]
+    for job, (*counts, losses) in zip(jobs, results):
+        row = [*counts, len(losses)]
+        total = [sum(pair) for pair in zip(total, row)]
+        print(f"{job.script:<18}{row[0]:>7}{row[1]:>9}{row[2]:>15}{row[3]:>8}")
+    print("-" * 57)
+    print(f"{'all':<18}{total[0]:>7}{total[1]:>9}{total[2]:>15}{total[3]:>8}")
+    for *_, losses in results:
+        print(*losses, sep="\n", end="\n" if losses else "")
+    return 1 if total[3] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""The augmentation: the same pixels as torchvision's for the same random numbers, and numbers in the right ranges."""
+
+import pytest
+import torch
+import torchvision.transforms.functional as TF
+from torchvision.transforms import InterpolationMode
+
+from common.augment import augment, draw_augmentation, draw_jitter, jitter_colors
+
+
+def drawn(count, height=32, width=32, seed=0, **options):
+    return draw_augmentation(count, height, width, torch.Generator().manual_seed(seed), **options)
+
+
+def one_by_one_with_torchvision(images, boxes, flips):
+    size = list(images.shape[2:])
+    results = []
+    for image, box, flip in zip(images.float(), boxes.tolist(), flips.tolist()):
+        if flip:
+            image = TF.hflip(image)
+        results.append(TF.resized_crop(image, *box, size, InterpolationMode.BILINEAR, antialias=True))
+    return torch.stack(results)
+
+
+@pytest.mark.parametrize("height, width", [(32, 32), (40, 40), (29, 29), (32, 48), (48, 32)])
+def test_the_pixels_are_torchvisions(height, width):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(256, (60, 3, height, width), generator=generator, dtype=torch.uint8)
+    boxes, flips = drawn(60, height, width)
+    found = augment(images, boxes, flips)
+    assert found.shape == images.shape and found.dtype == torch.float32
+    torch.testing.assert_close(found, one_by_one_with_torchvision(images, boxes, flips), rtol=0, atol=1e-3)
+
+
+def test_every_box_and_both_flips_give_torchvisions_pixels():
+    # Corners, whole image, narrow and low boxes: each flipped and not.
+    boxes = torch.tensor([[0, 0, 32, 32], [0, 0, 28, 30], [4, 2, 28, 30], [3, 0, 29, 32], [0, 5, 32, 27], [1, 1, 30, 30], [7, 7, 1, 1]]).repeat(2, 1)
+    flips = torch.arange(14) < 7
+    images = torch.randint(256, (14, 3, 32, 32), dtype=torch.uint8)
+    torch.testing.assert_close(augment(images, boxes, flips), one_by_one_with_torchvision(images, boxes, flips), rtol=0, atol=1e-3)
+
+
+def test_the_whole_image_unflipped_comes_back_unchanged():
+    images = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
+    boxes = torch.tensor([[0, 0, 32, 32]] * 3)
+    assert torch.equal(augment(images, boxes, torch.zeros(3, dtype=torch.bool)), images.float())
+    assert torch.equal(augment(images, boxes, torch.ones(3, dtype=torch.bool)), images.float().flip(3))
+
+
+def test_the_memory_layout_of_the_images_does_not_matter():
+    images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
+    boxes, flips = drawn(8)
+    channels_last = images.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(augment(images, boxes, flips), augment(channels_last, boxes, flips))
+
+
+def test_pixels_stay_between_0_and_255_and_the_input_is_left_alone():
+    images = torch.randint(2, (50, 3, 32, 32), dtype=torch.uint8) * 255
+    before = images.clone()
+    found = augment(images, *drawn(50))
+    assert found.min() >= 0 and found.max() <= 255 + 1e-3
+    assert torch.equal(images, before)
+
+
+def test_boxes_lie_within_the_image_and_have_the_asked_area_and_shape():
+    boxes, _ = drawn(20_000)
+    top, left, height, width = boxes.T
+    assert boxes.dtype == torch.int64 and boxes.shape == (20_000, 4)
+    assert (top >= 0).all() and (left >= 0).all() and (top + height <= 32).all() and (left + width <= 32).all()
+    # Heights and widths are rounded to whole pixels: half a pixel of tolerance on either.
+    low, high = (height - 0.5) * (width - 0.5), (height + 0.5) * (width + 0.5)
+    assert (high >= 0.8 * 1024).all() and (low <= 1024).all()
+    assert ((width + 0.5) / (height - 0.5) >= 0.9).all() and ((width - 0.5) / (height + 0.5) <= 1.1).all()
+
+
+def test_boxes_reach_every_size_and_every_edge():
+    top, left, height, width = drawn(20_000)[0].T
+    # The extremes by hand: sqrt(0.8 * 1024 / 1.1) = 27.3 and sqrt(0.8 * 1024 * 0.9) = 27.2; at most 32.
+    assert height.unique().tolist() == width.unique().tolist() == [27, 28, 29, 30, 31, 32]
+    assert top.unique().tolist() == left.unique().tolist() == [0, 1, 2, 3, 4, 5]
+    for size in range(28, 33):
+        offsets = top[height == size]
+        assert offsets.unique().tolist() == list(range(33 - size))
+        expected = len(offsets) / (33 - size)
+        assert (torch.bincount(offsets) - expected).abs().max() < 6 * expected**0.5 + 1
+
+
+def test_boxes_follow_the_distribution_of_torchvisions():
+    from torchvision.transforms import RandomResizedCrop
+
+    torch.manual_seed(0)
+    theirs = torch.tensor([RandomResizedCrop.get_params(torch.empty(3, 32, 32), (0.8, 1.0), (0.9, 1.1)) for _ in range(4_000)])
+    ours = drawn(20_000)[0]
+    for column in range(4):
+        shares = [torch.bincount(boxes[:, column], minlength=33) / len(boxes) for boxes in (theirs, ours)]
+        # Four standard deviations of a share out of 4,000.
+        assert (shares[0] - shares[1]).abs().max() < 4 * 0.5 / 4_000**0.5
+
+
+def test_about_half_of_the_images_are_flipped_independently_of_the_boxes():
+    boxes, flips = drawn(20_000)
+    assert flips.dtype == torch.bool and flips.shape == (20_000,)
+    assert abs(flips.float().mean().item() - 0.5) < 4 * 0.5 / 20_000**0.5
+    top = boxes[:, 0].float()
+    assert abs((top[flips].mean() - top[~flips].mean()).item()) < 4 * top.std().item() * 2 / 20_000**0.5
+
+
+def test_smaller_crops_can_be_asked_for():
+    height, width = drawn(5_000, least_scale=0.3)[0][:, 2:].T
+    area = (height * width).float() / 1024
+    assert 0.25 < area.min() < 0.35 and area.max() == 1
+
+
+def test_the_same_generator_state_draws_the_same_and_global_numbers_stay():
+    state = torch.get_rng_state()
+    first, again, other = drawn(100), drawn(100), drawn(100, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    assert not torch.equal(first[0], other[0]) and not torch.equal(first[1], other[1])
+
+
+def test_jitter_equals_torchvisions_brightness_then_contrast_then_saturation():
+    images = torch.randint(256, (30, 3, 32, 32), generator=torch.Generator().manual_seed(2)).float()
+    factors = draw_jitter(30, 0.4, torch.Generator().manual_seed(3))
+    found = jitter_colors(images, factors)
+    for image, (brightness, contrast, saturation), result in zip(images / 255, factors.tolist(), found):
+        expected = TF.adjust_saturation(TF.adjust_contrast(TF.adjust_brightness(image, brightness), contrast), saturation)
+        torch.testing.assert_close(result, 255 * expected, rtol=0, atol=0.03)
+
+
+def test_jitter_factors_are_spread_over_their_range():
+    factors = draw_jitter(5_000, 0.4, torch.Generator().manual_seed(0))
+    assert factors.shape == (5_000, 3)
+    assert (factors.min(dim=0).values < 0.61).all() and (factors.max(dim=0).values > 1.39).all()
+    assert factors.min() >= 0.6 and factors.max() <= 1.4
+    assert ((factors.mean(dim=0) - 1).abs() < 0.02).all()
+
+
+def test_factors_of_one_leave_the_colours_alone():
+    images = torch.randint(256, (4, 3, 32, 32)).float()
+    torch.testing.assert_close(jitter_colors(images, torch.ones(4, 3)), images, rtol=0, atol=1e-3)

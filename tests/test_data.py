@@ -1,0 +1,774 @@
+"""Data sets: both formats read back, each kind of damage one message, the class split, statistics, downloads."""
+
+import functools
+import gzip
+import hashlib
+import http.server
+import io
+import os
+import pickle
+import re
+import socket
+import struct
+import tarfile
+import threading
+import zipfile
+
+import numpy as np
+import pytest
+import scipy.io
+import torch
+import torchvision
+from PIL import Image
+
+from common.config import UserError
+from common.data import CIFAR100_MEAN, CIFAR100_STD, SOURCES, ImageSet, channel_statistics, load_dataset, normalize, split_classes
+from common.glyphs import draw_glyph_digits
+
+CIFAR100_CLASSES = """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle caterpillar cattle
+    chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house
+    kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid
+    otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew
+    skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout
+    tulip turtle wardrobe whale willow_tree wolf woman worm
+""".split()
+
+
+def arrays(per_class=3, class_names=("ant", "bee", "cat"), height=32, width=32, seed=0):
+    """Images with random pixels, their labels in mixed order, and class names: what an .npz holds."""
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.repeat(np.arange(len(class_names), dtype=np.int64), per_class))
+    images = rng.integers(256, size=(len(labels), height, width, 3), dtype=np.uint8)
+    return {"images": images, "labels": labels, "class_names": np.array(class_names)}
+
+
+def message_of(name, data_dir, *parts):
+    """The one line that load_dataset answers with; it names the file (or folder) and each of `parts`."""
+    with pytest.raises(UserError) as caught:
+        load_dataset(name, data_dir)
+    message = str(caught.value)
+    assert "\n" not in message, message
+    for part in parts:
+        assert str(part) in message, message
+    return message
+
+
+def assert_same_data(found, expected):
+    assert torch.equal(found.images, expected.images) and torch.equal(found.labels, expected.labels)
+    assert (found.name, found.class_names) == (expected.name, expected.class_names)
+
+
+# ---- the class split
+
+
+def test_the_split_of_cifar100_is_the_tutorials():
+    assert len(CIFAR100_CLASSES) == 100 and CIFAR100_CLASSES == sorted(CIFAR100_CLASSES)
+    split = split_classes(CIFAR100_CLASSES)
+    assert split["val"] == "caterpillar castle skunk ray bus motorcycle keyboard chimpanzee possum tiger".split()
+    assert split["test"] == "kangaroo crocodile butterfly shark forest pickup_truck telephone lion worm mushroom".split()
+    assert len(split["train"]) == 80 and list(split) == ["train", "val", "test"]
+
+
+@pytest.mark.parametrize("count, held_out", [(6, 2), (7, 2), (10, 2), (20, 2), (26, 3), (30, 3), (50, 5), (100, 10), (101, 10), (1000, 100)])
+def test_every_class_is_in_exactly_one_part_and_the_parts_are_in_proportion(count, held_out):
+    names = [f"class {c}" for c in range(count)]
+    split = split_classes(names)
+    assert sorted(split["train"] + split["val"] + split["test"]) == sorted(names)
+    assert [len(split[part]) for part in ("train", "val", "test")] == [count - 2 * held_out, held_out, held_out]
+
+
+def test_the_split_follows_its_seed_and_no_other_random_numbers():
+    names = [f"class {c}" for c in range(40)]
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    assert split_classes(names) == split_classes(names, seed=0) != split_classes(names, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_too_few_classes_to_split_are_refused_with_both_numbers(count):
+    with pytest.raises(UserError, match=f"found {count} classes.* 6 "):
+        split_classes([f"class {c}" for c in range(count)])
+
+
+# ---- ImageSet
+
+
+def image_set(**options):
+    stored = arrays(**options)
+    return ImageSet("mine", torch.from_numpy(stored["images"]).permute(0, 3, 1, 2), torch.from_numpy(stored["labels"]), stored["class_names"].tolist())
+
+
+def test_some_classes_of_a_data_set_are_numbered_in_the_order_asked_for():
+    data = image_set(per_class=4, class_names=("ant", "bee", "cat", "dog"))
+    some = data.of_classes(["dog", "bee"])
+    rows = [row for row, label in enumerate(data.labels.tolist()) if label in (3, 1)]
+    assert torch.equal(some.images, data.images[rows])
+    assert some.labels.tolist() == [{3: 0, 1: 1}[label] for label in data.labels[rows].tolist()]
+    assert some.class_names == ["dog", "bee"] and some.name == "mine"
+
+
+def test_a_class_that_is_not_in_the_data_set_is_named():
+    with pytest.raises(UserError, match="mine has no class 'emu'"):
+        image_set().of_classes(["ant", "emu"])
+
+
+def test_moving_to_a_device_keeps_the_values():
+    data = image_set()
+    assert_same_data(data.to("cpu"), data)
+    assert data.to("cpu").images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_digest_follows_every_pixel_label_and_name_but_not_the_layout_in_memory():
+    data = image_set()
+    digest = data.digest()
+    assert re.fullmatch("[0-9a-f]{64}", digest)
+    assert image_set().digest() == data.to("cpu").digest() == digest
+    data.images = data.images.contiguous()
+    assert data.digest() == digest
+    others = [image_set() for _ in range(3)]
+    others[0].images[4, 1, 31, 31] ^= 1
+    others[1].labels[0] = (others[1].labels[0] + 1) % 3
+    others[2].class_names[1] = "wasp"
+    assert len({digest, *(other.digest() for other in others)}) == 4
+
+
+# ---- .npz
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("height, width", [(32, 32), (29, 40)])
+def test_an_npz_file_is_read_back_equal(tmp_path, save, height, width):
+    stored = arrays(height=height, width=width)
+    save(tmp_path / "mine.npz", **stored)
+    data = load_dataset("mine", tmp_path)
+    assert data.images.dtype == torch.uint8 and data.images.shape == (9, 3, height, width)
+    assert np.array_equal(data.images.permute(0, 2, 3, 1).numpy(), stored["images"])
+    assert data.labels.dtype == torch.int64 and data.labels.tolist() == stored["labels"].tolist()
+    assert data.class_names == ["ant", "bee", "cat"] and data.name == "mine"
+
+
+def test_a_data_dir_may_be_a_string(tmp_path):
+    np.savez(tmp_path / "mine.npz", **arrays())
+    assert_same_data(load_dataset("mine", str(tmp_path)), load_dataset("mine", tmp_path))
+
+
+def test_images_in_fortran_order_are_the_same_images(tmp_path):
+    stored = arrays()
+    np.savez(tmp_path / "c.npz", **stored)
+    np.savez(tmp_path / "f.npz", **{**stored, "images": np.asfortranarray(stored["images"])})
+    first, second = load_dataset("c", tmp_path), load_dataset("f", tmp_path)
+    assert torch.equal(first.images, second.images) and first.digest() == second.digest()
+
+
+@pytest.mark.parametrize("key", ["images", "labels", "class_names"])
+def test_a_missing_array_is_named(tmp_path, key):
+    stored = arrays()
+    del stored[key]
+    np.savez(tmp_path / "mine.npz", **stored)
+    message_of("mine", tmp_path, tmp_path / "mine.npz", f"no array {key!r}", "write it again")
+
+
+class Bomb:
+    """Unpickling it makes a folder of that name: a stand-in for code hidden in a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("key", ["images", "labels", "class_names"])
+def test_pickled_objects_are_refused_and_not_run(tmp_path, key):
+    np.savez(tmp_path / "mine.npz", **{**arrays(), key: np.array([Bomb(tmp_path / "exploded")], dtype=object)})
+    message_of("mine", tmp_path, tmp_path / "mine.npz", "cannot be read")
+    assert not (tmp_path / "exploded").exists()
+
+
+WRONG = {
+    "float images": ("images", lambda a: a / 255),
+    "int64 images": ("images", lambda a: a.astype(np.int64)),
+    "grey images": ("images", lambda a: a[..., 0]),
+    "channels first": ("images", lambda a: a.transpose(0, 3, 1, 2)),
+    "four channels": ("images", lambda a: np.concatenate([a, a[..., :1]], axis=3)),
+    "flat images": ("images", lambda a: a.reshape(len(a), -1)),
+    "a single number": ("images", lambda a: np.uint8(7)),
+    "int32 labels": ("labels", lambda a: a.astype(np.int32)),
+    "float labels": ("labels", lambda a: a.astype(float)),
+    "labels in a column": ("labels", lambda a: a[:, None]),
+    "too few labels": ("labels", lambda a: a[:-1]),
+    "too many labels": ("labels", lambda a: np.append(a, 0)),
+    "bytes as names": ("class_names", lambda a: a.astype("S")),
+    "numbers as names": ("class_names", lambda a: np.arange(3)),
+    "a table of names": ("class_names", lambda a: a[None]),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_an_array_of_another_kind_is_refused_with_its_kind_and_the_format(tmp_path, what):
+    key, change = WRONG[what]
+    stored = arrays()
+    stored[key] = np.asarray(change(stored[key]))
+    np.savez(tmp_path / "mine.npz", **stored)
+    message_of("mine", tmp_path, tmp_path / "mine.npz", key, stored[key].dtype, list(stored[key].shape), "uint8 [N, H, W, 3]")
+
+
+@pytest.mark.parametrize("label", [-1, 3, 2**40])
+def test_labels_out_of_range_are_refused_with_the_range(tmp_path, label):
+    stored = arrays()
+    stored["labels"][4] = label
+    np.savez(tmp_path / "mine.npz", **stored)
+    message_of("mine", tmp_path, tmp_path / "mine.npz", label, "0 to 2", "renumber")
+
+
+def test_a_class_without_an_image_is_named(tmp_path):
+    stored = arrays()
+    stored["labels"][stored["labels"] == 1] = 0
+    np.savez(tmp_path / "mine.npz", **stored)
+    message_of("mine", tmp_path, tmp_path / "mine.npz", "'bee'", "no image", "add images or remove")
+
+
+def test_a_data_set_without_any_image_is_refused(tmp_path):
+    stored = arrays()
+    np.savez(tmp_path / "mine.npz", images=stored["images"][:0], labels=stored["labels"][:0], class_names=stored["class_names"])
+    message_of("mine", tmp_path, tmp_path / "mine.npz", "'ant'", "no image")
+
+
+@pytest.mark.parametrize("height, width", [(28, 32), (32, 28), (1, 1), (0, 0)])
+def test_images_too_small_for_the_encoder_are_refused_with_both_sizes(tmp_path, height, width):
+    np.savez(tmp_path / "mine.npz", **arrays(height=height, width=width))
+    message_of("mine", tmp_path, tmp_path / "mine.npz", f"{width}x{height}", "29x29", "enlarge or pad")
+
+
+def test_two_classes_of_one_name_are_refused(tmp_path):
+    np.savez(tmp_path / "mine.npz", **arrays(class_names=("ant", "bee", "ant")))
+    message_of("mine", tmp_path, tmp_path / "mine.npz", "class names", "all different", "name each class once")
+
+
+def test_a_single_class_is_refused(tmp_path):
+    np.savez(tmp_path / "mine.npz", **arrays(class_names=("ant",)))
+    message_of("mine", tmp_path, tmp_path / "mine.npz", "at least 2")
+
+
+def saved_bytes(**options):
+    file = io.BytesIO()
+    np.savez(file, **arrays(**options))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.0001, 0.01, 0.5, 0.9, 0.999])
+def test_a_file_that_was_cut_short_is_one_message(tmp_path, share):
+    content = saved_bytes()
+    (tmp_path / "mine.npz").write_bytes(content[: int(share * len(content))])
+    message_of("mine", tmp_path, tmp_path / "mine.npz", "write it again")
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_file_with_a_damaged_byte_is_one_message_or_still_readable(tmp_path, save):
+    save(tmp_path / "whole.npz", **arrays(per_class=1))
+    content = (tmp_path / "whole.npz").read_bytes()
+    rng = np.random.default_rng(0)
+    # Headers (the first and the last bytes, where most can go wrong) as often as pixels.
+    places = [*range(0, 250, 3), *range(len(content) - 400, len(content), 3), *rng.integers(len(content), size=60)]
+    refused = 0
+    for place in places:
+        damaged = bytearray(content)
+        damaged[place] ^= int(rng.integers(1, 256))
+        (tmp_path / "mine.npz").write_bytes(damaged)
+        try:
+            load_dataset("mine", tmp_path)
+        except UserError as error:
+            assert str(tmp_path / "mine.npz") in str(error)
+            refused += 1
+    assert refused > len(places) / 4
+
+
+@pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html>404</html>", b"PK\x03\x04", bytes(1000), pickle.dumps([1, 2])], ids=repr)
+def test_a_file_that_is_no_archive_is_one_message(tmp_path, content):
+    (tmp_path / "mine.npz").write_bytes(content)
+    message_of("mine", tmp_path, tmp_path / "mine.npz", "write it again")
+
+
+def test_a_bare_array_under_the_name_of_an_archive_is_one_message(tmp_path):
+    with open(tmp_path / "mine.npz", "wb") as file:
+        np.save(file, arrays()["images"])
+    message_of("mine", tmp_path, tmp_path / "mine.npz", "write it again")
+
+
+def test_an_archive_of_other_things_is_one_message(tmp_path):
+    with zipfile.ZipFile(tmp_path / "mine.npz", "w") as archive:
+        for name in ("images", "labels", "class_names"):
+            archive.writestr(f"{name}.npy", "no array at all")
+    message_of("mine", tmp_path, tmp_path / "mine.npz")
+
+
+def test_a_header_that_promises_too_much_is_one_message(tmp_path):
+    # A header of a few bytes may claim more images than any memory holds.
+    with zipfile.ZipFile(tmp_path / "mine.npz", "w") as archive:
+        for name, array in arrays().items():
+            file = io.BytesIO()
+            np.lib.format.write_array_header_1_0(file, {"descr": array.dtype.str, "fortran_order": False, "shape": (10**12, *array.shape[1:])})
+            archive.writestr(f"{name}.npy", file.getvalue())
+    message_of("mine", tmp_path, tmp_path / "mine.npz")
+
+
+def test_a_folder_under_the_name_of_the_file_is_one_message(tmp_path):
+    (tmp_path / "mine.npz").mkdir()
+    message_of("mine", tmp_path, tmp_path / "mine.npz")
+
+
+# ---- a folder of images
+
+
+def save_images(folder, classes=("ant", "bee"), count=2, size=(32, 32), mode="RGB", suffix="png"):
+    rng = np.random.default_rng(1)
+    pixels = {}
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            image = Image.fromarray(rng.integers(256, size=(size[1], size[0], 3), dtype=np.uint8)).convert(mode)
+            image.save(folder / name / f"{number}.{suffix}")
+            pixels[name, number] = np.asarray(image.convert("RGB"))
+    return pixels
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "1"])
+def test_a_folder_of_png_files_is_read_pixel_by_pixel(tmp_path, mode):
+    pixels = save_images(tmp_path / "mine", ("dog", "ant", "bee"), count=3, size=(40, 32), mode=mode)
+    data = load_dataset("mine", tmp_path)
+    assert data.class_names == ["ant", "bee", "dog"] and data.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert data.labels.dtype == torch.int64 and data.images.dtype == torch.uint8 and data.images.shape == (9, 3, 32, 40)
+    expected = np.stack([pixels[name, number] for name in data.class_names for number in range(3)])
+    assert np.array_equal(data.images.permute(0, 2, 3, 1).numpy(), expected)
+
+
+@pytest.mark.parametrize("suffix, mode", [("jpg", "RGB"), ("jpeg", "L"), ("JPG", "RGB"), ("PNG", "L"), ("jpg", "CMYK")])
+def test_jpg_files_and_capital_suffixes_are_read(tmp_path, suffix, mode):
+    save_images(tmp_path / "mine", mode=mode, suffix=suffix)
+    data = load_dataset("mine", tmp_path)
+    assert data.images.shape == (4, 3, 32, 32)
+    with Image.open(tmp_path / "mine" / "bee" / f"1.{suffix}") as image:
+        assert np.array_equal(data.images[3].permute(1, 2, 0).numpy(), np.asarray(image.convert("RGB")))
+
+
+def test_16_bit_grey_images_keep_their_shades_or_are_refused(tmp_path):
+    # Cut off at 255, as a plain conversion does, nearly all of such an image would be white.
+    pixels = (np.arange(32 * 32).reshape(32, 32) * 64).astype(np.uint16)
+    for name in ("ant", "bee"):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / "mine" / name / "0.png")
+    try:
+        found = load_dataset("mine", tmp_path).images[0, 0].numpy().astype(int)
+    except UserError as error:
+        assert "0.png" in str(error)
+    else:
+        assert np.abs(found - pixels // 256).max() <= 1
+
+
+def test_other_files_and_hidden_folders_are_not_taken_for_images(tmp_path):
+    save_images(tmp_path / "mine")
+    (tmp_path / "mine" / "README.txt").write_text("where the images come from")
+    (tmp_path / "mine" / "ant" / "Thumbs.db").write_bytes(b"x")
+    (tmp_path / "mine" / ".cache").mkdir()
+    data = load_dataset("mine", tmp_path)
+    assert data.class_names == ["ant", "bee"] and len(data.images) == 4
+
+
+def test_the_order_of_the_images_does_not_depend_on_the_file_system(tmp_path, monkeypatch):
+    save_images(tmp_path / "mine", ("a", "b", "c"), count=5)
+    forward = load_dataset("mine", tmp_path)
+    listed = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda *path: sorted(listed(*path), reverse=True))
+    monkeypatch.setattr(type(tmp_path), "iterdir", lambda path: iter([path / name for name in os.listdir(path)]))
+    assert_same_data(load_dataset("mine", tmp_path), forward)
+
+
+def test_a_file_takes_precedence_over_a_folder(tmp_path):
+    save_images(tmp_path / "mine", ("from", "folder"))
+    np.savez(tmp_path / "mine.npz", **arrays())
+    assert load_dataset("mine", tmp_path).class_names == ["ant", "bee", "cat"]
+
+
+def test_a_folder_without_a_class_is_refused(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "0.png").write_bytes(b"loose image")
+    message_of("mine", tmp_path, tmp_path / "mine", "no class", "<class>")
+
+
+def test_a_folder_with_one_class_is_refused(tmp_path):
+    save_images(tmp_path / "mine", ("ant",))
+    message_of("mine", tmp_path, tmp_path / "mine", "at least 2")
+
+
+def test_an_empty_class_folder_is_named(tmp_path):
+    save_images(tmp_path / "mine")
+    (tmp_path / "mine" / "cat").mkdir()
+    (tmp_path / "mine" / "cat" / "0.gif").write_bytes(b"GIF89a")
+    message_of("mine", tmp_path, tmp_path / "mine" / "cat", "add images or remove the folder")
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n", b"\x89PNG\r\n\x1a\n" + bytes(100), b"<html>404</html>"], ids=repr)
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_an_unreadable_image_is_named(tmp_path, suffix, content):
+    save_images(tmp_path / "mine", suffix=suffix)
+    (tmp_path / "mine" / "bee" / f"0.{suffix}").write_bytes(content)
+    message_of("mine", tmp_path, tmp_path / "mine" / "bee" / f"0.{suffix}", "replace or remove it")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_an_image_that_was_cut_short_is_named(tmp_path, suffix):
+    save_images(tmp_path / "mine", suffix=suffix)
+    path = tmp_path / "mine" / "bee" / f"1.{suffix}"
+    content = path.read_bytes()
+    for length in (len(content) // 2, 60, 30, 1):
+        path.write_bytes(content[:length])
+        message_of("mine", tmp_path, path, "replace or remove it")
+
+
+def test_an_image_with_damaged_bytes_is_named_or_still_readable(tmp_path):
+    save_images(tmp_path / "mine")
+    path = tmp_path / "mine" / "bee" / "1.png"
+    content, rng, refused = path.read_bytes(), np.random.default_rng(0), 0
+    for place in range(0, 120, 1):
+        damaged = bytearray(content)
+        damaged[place] ^= int(rng.integers(1, 256))
+        path.write_bytes(damaged)
+        try:
+            load_dataset("mine", tmp_path)
+        except UserError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 20
+
+
+def test_images_of_different_sizes_are_refused_with_both_files_and_sizes(tmp_path):
+    save_images(tmp_path / "mine", size=(32, 36))
+    odd = tmp_path / "mine" / "bee" / "1.png"
+    Image.new("RGB", (32, 40)).save(odd)
+    message_of("mine", tmp_path, odd, "32x40", tmp_path / "mine" / "ant" / "0.png", "32x36", "one size")
+
+
+def test_a_folder_of_images_too_small_for_the_encoder_is_refused(tmp_path):
+    save_images(tmp_path / "mine", size=(28, 28))
+    message_of("mine", tmp_path, tmp_path / "mine", "28x28", "29x29")
+
+
+# ---- names
+
+
+@pytest.mark.parametrize("name", ["", ".", "a/b", "../mine", "/tmp", "mine/", ".."])
+def test_a_name_that_is_a_path_is_refused(tmp_path, name):
+    np.savez(tmp_path / "mine.npz", **arrays())
+    (tmp_path / "inner").mkdir()
+    message_of(name, tmp_path / "inner", repr(name), "--data_dir")
+
+
+def test_an_unknown_data_set_is_answered_with_where_it_would_be_and_what_there_is(tmp_path):
+    message = message_of("mine", tmp_path, tmp_path / "mine.npz", tmp_path / "mine")
+    for name in ("cifar100", "svhn", "mnist", "glyphs", "glyph_digits"):
+        assert name in message
+
+
+# ---- what is drawn
+
+
+def test_a_drawn_data_set_is_written_once_and_then_read(tmp_path, capsys, no_network):
+    first = load_dataset("glyph_digits", tmp_path / "new")
+    assert os.listdir(tmp_path / "new") == ["glyph_digits.npz"]
+    assert str(tmp_path / "new" / "glyph_digits.npz") in capsys.readouterr().out
+    images, labels, class_names = draw_glyph_digits()
+    assert np.array_equal(first.images.permute(0, 2, 3, 1).numpy(), images)
+    assert first.labels.tolist() == labels.tolist() and first.class_names == class_names
+
+    written = (tmp_path / "new" / "glyph_digits.npz").stat()
+    second = load_dataset("glyph_digits", tmp_path / "new")
+    assert_same_data(second, first)
+    assert second.digest() == first.digest()
+    assert (tmp_path / "new" / "glyph_digits.npz").stat().st_mtime_ns == written.st_mtime_ns
+    assert capsys.readouterr().out == ""
+
+
+@pytest.fixture
+def quick_digits(monkeypatch):
+    """glyph_digits, drawn in no time."""
+    monkeypatch.setitem(SOURCES, "glyph_digits", lambda name, root: draw_glyph_digits(images_per_class=1))
+
+
+def test_a_data_set_that_cannot_be_written_is_one_message_and_leaves_nothing(tmp_path, quick_digits):
+    (tmp_path / "taken").write_text("a file where a folder is needed")
+    message_of("glyph_digits", tmp_path / "taken", "glyph_digits.npz", "choose another folder")
+
+
+def test_an_interruption_while_the_file_is_written_leaves_nothing(tmp_path, quick_digits, monkeypatch):
+    def stop_half_way(path, **options):
+        with open(path, "wb") as file:
+            file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "savez", stop_half_way)
+    with pytest.raises(KeyboardInterrupt):
+        load_dataset("glyph_digits", tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_shared_glyphs_of_these_tests_can_be_split(glyph_dir):
+    glyphs = load_dataset("glyphs", glyph_dir)
+    parts = split_classes(glyphs.class_names)
+    sets = [glyphs.of_classes(names) for names in parts.values()]
+    assert [len(part.labels) for part in sets] == [16 * 24, 2 * 24, 2 * 24]
+    assert load_dataset("glyph_digits", glyph_dir).class_names == list("0123456789")
+
+
+# ---- statistics and normalisation
+
+
+def test_statistics_equal_numpys_on_the_training_images():
+    data = image_set(per_class=20)
+    data.images[:, 1] //= 3
+    mean, std = channel_statistics(data)
+    pixels = data.images.numpy() / 255.0
+    np.testing.assert_allclose(mean, pixels.mean(axis=(0, 2, 3)), rtol=1e-9)
+    np.testing.assert_allclose(std, pixels.std(axis=(0, 2, 3)), rtol=1e-9)
+    assert all(type(value) is float for value in (*mean, *std))
+
+
+def test_statistics_do_not_depend_on_the_layout_in_memory():
+    data = image_set()
+    channels_last = channel_statistics(data)
+    data.images = data.images.contiguous()
+    assert channel_statistics(data) == channels_last
+
+
+def test_cifar100_is_normalised_with_the_tutorials_constants():
+    data = image_set()
+    data.name = "cifar100"
+    assert channel_statistics(data) == ((0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047)) == (CIFAR100_MEAN, CIFAR100_STD)
+
+
+def test_images_of_a_single_grey_can_be_normalised():
+    data = image_set()
+    data.images[:] = 51
+    mean, std = channel_statistics(data)
+    assert mean == pytest.approx((0.2, 0.2, 0.2))
+    assert torch.isfinite(normalize(data.images, mean, std)).all()
+
+
+def test_normalised_training_images_have_mean_0_and_deviation_1():
+    data = image_set(per_class=20)
+    images = normalize(data.images, *channel_statistics(data))
+    assert images.dtype == torch.float32 and images.shape == data.images.shape
+    torch.testing.assert_close(images.double().mean(dim=(0, 2, 3)), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-5)
+    torch.testing.assert_close(images.double().std(dim=(0, 2, 3), correction=0), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-5)
+
+
+def test_normalising_equals_torchvisions_transforms():
+    images = image_set().images
+    found = normalize(images, CIFAR100_MEAN, CIFAR100_STD)
+    for image, result in zip(images, found):
+        expected = torchvision.transforms.functional.normalize(image.float() / 255, CIFAR100_MEAN, CIFAR100_STD)
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    # The augmentation gives float images of the same scale.
+    torch.testing.assert_close(normalize(images.float(), CIFAR100_MEAN, CIFAR100_STD), found)
+
+
+# ---- downloads: small files of the true formats, from a server on this machine, through torchvision
+
+
+@pytest.fixture
+def server(tmp_path_factory, monkeypatch):
+    """(folder, address): what lies in the folder can be had at the address."""
+    folder = tmp_path_factory.mktemp("server")
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    monkeypatch.setenv("no_proxy", "*")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder)) as instance:
+        thread = threading.Thread(target=instance.serve_forever, args=(0.02,))
+        thread.start()
+        yield folder, f"http://127.0.0.1:{instance.server_port}/"
+        instance.shutdown()
+        thread.join()
+
+
+def md5(content):
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def few_digits(counts=(4, 3, 5, 3, 3, 4, 3, 3, 6, 3)):
+    """Digits in mixed order, not of all as many; the least frequent decides how many of each are kept."""
+    rng = np.random.default_rng(0)
+    return rng, rng.permutation(np.repeat(np.arange(10), counts))
+
+
+def first_three_of_each(digits):
+    return [row for digit in range(10) for row in np.flatnonzero(digits == digit)[:3]]
+
+
+def svhn_file():
+    rng, digits = few_digits()
+    pixels = rng.integers(256, size=(len(digits), 32, 32, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    # As published: images along the last axis, labels in a column, the digit zero called 10.
+    scipy.io.savemat(file, {"X": pixels.transpose(1, 2, 3, 0), "y": np.where(digits == 0, 10, digits).astype(np.uint8)[:, None]})
+    return file.getvalue(), pixels, digits
+
+
+@pytest.fixture
+def svhn(server, monkeypatch):
+    folder, address = server
+    content, pixels, digits = svhn_file()
+    (folder / "test_32x32.mat").write_bytes(content)
+    monkeypatch.setitem(torchvision.datasets.SVHN.split_list, "test", [address + "test_32x32.mat", "test_32x32.mat", md5(content)])
+    return folder / "test_32x32.mat", pixels, digits
+
+
+def check_svhn(data, pixels, digits):
+    rows = first_three_of_each(digits)
+    assert data.class_names == list("0123456789") and data.labels.tolist() == [digit for digit in range(10) for _ in range(3)]
+    assert np.array_equal(data.images.permute(0, 2, 3, 1).numpy(), pixels[rows])
+
+
+def test_svhn_is_downloaded_and_the_first_images_of_each_digit_are_kept(tmp_path, svhn):
+    _, pixels, digits = svhn
+    first = load_dataset("svhn", tmp_path)
+    check_svhn(first, pixels, digits)
+    assert (tmp_path / "svhn.npz").exists() and not [name for name in os.listdir(tmp_path) if "tmp" in name]
+
+
+def test_the_second_time_svhn_is_read_from_the_written_file(tmp_path, svhn, monkeypatch):
+    first = load_dataset("svhn", tmp_path)
+    monkeypatch.delattr(torchvision.datasets, "SVHN")
+    second = load_dataset("svhn", tmp_path)
+    assert_same_data(second, first)
+    assert second.digest() == first.digest()
+
+
+def test_a_file_put_there_by_hand_is_read_without_a_network(tmp_path, svhn, monkeypatch):
+    file, pixels, digits = svhn
+    (tmp_path / "test_32x32.mat").write_bytes(file.read_bytes())
+    monkeypatch.setattr(socket, "create_connection", None)
+    check_svhn(load_dataset("svhn", tmp_path), pixels, digits)
+
+
+@pytest.mark.parametrize("content", [b"<!DOCTYPE html><html>Please log in</html>", b""], ids=["html", "empty"])
+def test_a_page_in_place_of_the_file_is_one_message_and_leaves_no_data_set(tmp_path, svhn, content):
+    svhn[0].write_bytes(content)
+    message_of("svhn", tmp_path, tmp_path / "svhn.npz", "test_32x32.mat", "http://ufldl.stanford.edu/housenumbers/", "PATH_DATASETS")
+    assert not (tmp_path / "svhn.npz").exists()
+
+
+def test_a_wrong_checksum_is_one_message_and_a_later_try_succeeds(tmp_path, svhn):
+    file, pixels, digits = svhn
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    message_of("svhn", tmp_path, tmp_path / "svhn.npz", "test_32x32.mat")
+    assert not (tmp_path / "svhn.npz").exists()
+    file.write_bytes(content)
+    check_svhn(load_dataset("svhn", tmp_path), pixels, digits)
+
+
+def test_a_download_that_the_server_refuses_is_one_message(tmp_path, svhn):
+    svhn[0].unlink()
+    message_of("svhn", tmp_path, tmp_path / "svhn.npz", "404")
+    assert not (tmp_path / "svhn.npz").exists()
+
+
+def idx(array):
+    """An array of bytes in the format of MNIST, compressed."""
+    return gzip.compress(struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.astype(np.uint8).tobytes())
+
+
+def test_mnist_is_downloaded_padded_to_32_pixels_and_made_rgb(tmp_path, server, monkeypatch):
+    folder, address = server
+    rng, digits = few_digits()
+    pixels = rng.integers(256, size=(len(digits), 28, 28), dtype=np.uint8)
+    resources = []
+    for part, count in (("train", 2), ("t10k", len(digits))):
+        for kind, array in (("images-idx3", pixels[:count]), ("labels-idx1", digits[:count])):
+            name, content = f"{part}-{kind}-ubyte.gz", idx(array)
+            (folder / name).write_bytes(content)
+            resources.append((name, md5(content)))
+    monkeypatch.setattr(torchvision.datasets.MNIST, "resources", resources)
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [address])
+
+    data = load_dataset("mnist", tmp_path)
+    rows = first_three_of_each(digits)
+    assert data.class_names == list("0123456789") and data.labels.tolist() == digits[rows].tolist()
+    assert data.images.shape == (30, 3, 32, 32)
+    for image, row in zip(data.images, rows):
+        expected = np.zeros((32, 32), dtype=np.uint8)
+        expected[2:30, 2:30] = pixels[row]
+        assert all(np.array_equal(channel.numpy(), expected) for channel in image)
+    assert load_dataset("mnist", tmp_path).digest() == data.digest()
+
+
+def test_what_an_interrupted_download_of_mnist_leaves_is_not_taken_for_images(tmp_path, no_network, monkeypatch):
+    # torchvision makes the folder MNIST, which macOS and Windows also find under the name mnist.
+    with pytest.raises(UserError):
+        load_dataset("mnist", tmp_path)
+    assert (tmp_path / "MNIST").is_dir()
+    exists = type(tmp_path).is_dir
+    monkeypatch.setattr(type(tmp_path), "is_dir", lambda path: exists(path.with_name("MNIST") if path.name == "mnist" else path))
+    listed = type(tmp_path).iterdir
+    monkeypatch.setattr(type(tmp_path), "iterdir", lambda path: listed(path.with_name("MNIST") if path.name == "mnist" else path))
+    with pytest.raises(UserError, match="mnist.npz is missing"):
+        load_dataset("mnist", tmp_path)
+
+
+@pytest.fixture
+def cifar100(server, monkeypatch):
+    folder, address = server
+    rng = np.random.default_rng(0)
+    pixels, labels = rng.integers(256, size=(10, 3, 32, 32), dtype=np.uint8), [0, 1, 2, 2, 1, 0, 1, 2, 0, 2]
+    parts = {
+        "train": {"data": pixels[:6].reshape(6, -1), "fine_labels": labels[:6]},
+        "test": {"data": pixels[6:].reshape(4, -1), "fine_labels": labels[6:]},
+        "meta": {"fine_label_names": ["apple", "baby", "can"]},
+    }
+    contents = {name: pickle.dumps(part) for name, part in parts.items()}
+    with tarfile.open(folder / "cifar-100-python.tar.gz", "w:gz") as archive:
+        for name, content in contents.items():
+            member = tarfile.TarInfo(f"cifar-100-python/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    theirs = torchvision.datasets.CIFAR100
+    monkeypatch.setattr(theirs, "url", address + "cifar-100-python.tar.gz")
+    monkeypatch.setattr(theirs, "tgz_md5", md5((folder / "cifar-100-python.tar.gz").read_bytes()))
+    monkeypatch.setattr(theirs, "train_list", [["train", md5(contents["train"])]])
+    monkeypatch.setattr(theirs, "test_list", [["test", md5(contents["test"])]])
+    monkeypatch.setattr(theirs, "meta", {**theirs.meta, "md5": md5(contents["meta"])})
+    return folder / "cifar-100-python.tar.gz", pixels, labels
+
+
+def test_cifar100_is_downloaded_and_its_two_parts_are_merged(tmp_path, cifar100):
+    _, pixels, labels = cifar100
+    data = load_dataset("cifar100", tmp_path)
+    assert np.array_equal(data.images.numpy(), pixels) and data.labels.tolist() == labels
+    assert data.class_names == ["apple", "baby", "can"]
+    assert load_dataset("cifar100", tmp_path).digest() == data.digest()
+    assert channel_statistics(data) == (CIFAR100_MEAN, CIFAR100_STD)
+
+
+def test_a_page_in_place_of_cifar100_is_one_message_and_leaves_no_data_set(tmp_path, cifar100):
+    cifar100[0].write_bytes(b"<html>moved</html>")
+    message_of("cifar100", tmp_path, tmp_path / "cifar100.npz", "cifar-100-python.tar.gz", "https://www.cs.toronto.edu/~kriz/cifar.html")
+    assert not (tmp_path / "cifar100.npz").exists()
+
+
+@pytest.mark.parametrize(
+    "name, files, address",
+    [
+        ("cifar100", "cifar-100-python.tar.gz", "https://www.cs.toronto.edu/~kriz/cifar.html"),
+        ("svhn", "test_32x32.mat", "http://ufldl.stanford.edu/housenumbers/"),
+        ("mnist", "MNIST/raw", "https://ossci-datasets.s3.amazonaws.com/mnist/"),
+    ],
+)
+def test_without_a_network_one_message_names_the_missing_file_and_where_it_goes(tmp_path, no_network, name, files, address):
+    timeout = socket.getdefaulttimeout()
+    message_of(name, tmp_path / "data", tmp_path / "data" / f"{name}.npz", files, address, "PATH_DATASETS")
+    assert not (tmp_path / "data" / f"{name}.npz").exists()
+    assert socket.getdefaulttimeout() == timeout

@@ -1,0 +1,44 @@
+"""The choice of the device."""
+
+import pytest
+import torch
+
+from common.config import UserError
+from common.device import pick_device
+
+
+def test_the_cpu_is_always_there():
+    assert pick_device("cpu") == torch.device("cpu")
+
+
+def test_auto_takes_what_is_there():
+    expected = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = pick_device("auto")
+    assert device.type == expected
+    assert torch.ones(2, device=device).sum().item() == 2
+
+
+@pytest.mark.parametrize("name", ["tpu", "", "cuda:99", "cpu:x", "GPU", "hpu", "cuda:", "cuda:x", "cpu\n"])
+def test_a_device_that_is_not_there_is_one_message(name):
+    with pytest.raises(UserError) as caught:
+        pick_device(name)
+    message = str(caught.value)
+    assert repr(name) in message and "--device=auto" in message and "cpu" in message and "\n" not in message
+
+
+def test_a_device_without_memory_is_no_device():
+    # torch knows "meta", on which tensors have shapes but no values.
+    with pytest.raises(UserError):
+        pick_device("meta")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_cuda_without_a_gpu_is_one_message():
+    with pytest.raises(UserError, match="--device=auto"):
+        pick_device("cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_may_use_tf32():
+    assert pick_device("cuda").type == "cuda"
+    assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32

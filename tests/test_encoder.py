@@ -1,0 +1,97 @@
+"""The encoder: its size, its outputs, where its weights come from."""
+
+import pytest
+import torch
+
+from common.data import SMALLEST_IMAGE
+from common.encoder import encode_in_batches, make_encoder
+
+SMALL = {"proto_dim": 8, "growth_rate": 4, "block_config": (2, 2, 2, 2), "num_init_features": 8}
+
+
+def test_the_default_encoder_has_the_tutorials_number_of_parameters():
+    assert sum(parameter.numel() for parameter in make_encoder().parameters()) == 962_912
+
+
+@torch.no_grad()
+def test_an_image_becomes_a_vector_of_proto_dim_numbers():
+    assert make_encoder().eval()(torch.randn(2, 3, 32, 32)).shape == (2, 64)
+    assert make_encoder(proto_dim=10).eval()(torch.randn(3, 3, 32, 32)).shape == (3, 10)
+
+
+@torch.no_grad()
+def test_features_may_be_negative_and_differ_between_images():
+    features = make_encoder().eval()(torch.randn(8, 3, 32, 32))
+    assert (features < 0).any() and (features > 0).any()
+    assert torch.pdist(features).min() > 0
+
+
+@torch.no_grad()
+def test_the_smallest_image_that_data_sets_may_hold_is_the_smallest_that_fits():
+    encoder = make_encoder(**SMALL).eval()
+    assert encoder(torch.randn(2, 3, SMALLEST_IMAGE, SMALLEST_IMAGE)).shape == (2, 8)
+    with pytest.raises(RuntimeError):
+        encoder(torch.randn(2, 3, SMALLEST_IMAGE - 1, SMALLEST_IMAGE))
+
+
+@torch.no_grad()
+def test_images_need_not_be_square():
+    assert make_encoder(**SMALL).eval()(torch.randn(2, 3, 32, 64)).shape == (2, 8)
+
+
+def test_the_weights_follow_the_global_seed():
+    def weights(seed):
+        torch.manual_seed(seed)
+        return torch.cat([parameter.flatten() for parameter in make_encoder(**SMALL).parameters()])
+
+    first, again, other = weights(1), weights(1), weights(2)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_the_state_fits_torchvisions_densenet():
+    # The author's checkpoint holds exactly these names.
+    from torchvision.models import DenseNet
+
+    plain = DenseNet(growth_rate=32, block_config=(6, 6, 6, 6), bn_size=2, num_init_features=64, num_classes=64)
+    encoder = make_encoder()
+    encoder.load_state_dict(plain.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.eval()(images), plain.eval()(images))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 100])
+def test_encoding_in_batches_equals_encoding_at_once(batch_size):
+    encoder = make_encoder(**SMALL).eval().double()
+    images = torch.randn(7, 3, 32, 32, dtype=torch.float64)
+    features = encode_in_batches(encoder, images, batch_size)
+    assert not features.requires_grad
+    torch.testing.assert_close(features, encoder(images).detach(), rtol=1e-10, atol=1e-10)
+
+
+def test_encoding_keeps_the_mode_of_the_encoder():
+    encoder, images = make_encoder(**SMALL), torch.randn(4, 3, 32, 32)
+    for training in (True, False):
+        encoder.train(training)
+        encode_in_batches(encoder, images)
+        assert encoder.training is training
+
+
+@torch.no_grad()
+def test_unit_features_all_have_one_length_and_the_plain_direction():
+    torch.manual_seed(0)
+    plain = make_encoder(**SMALL).eval()
+    unit = make_encoder(**SMALL, unit_features=True).eval()
+    unit.load_state_dict(plain.state_dict(), strict=False)
+    images = torch.randn(6, 3, 32, 32)
+    lengths = unit(images).norm(dim=1)
+    torch.testing.assert_close(lengths, lengths[:1].expand(6))
+    torch.testing.assert_close(torch.cosine_similarity(unit(images), plain(images)), torch.ones(6))
+
+
+def test_the_common_length_of_unit_features_is_learned():
+    encoder = make_encoder(**SMALL, unit_features=True)
+    count = sum(parameter.numel() for parameter in encoder.parameters())
+    assert count == sum(parameter.numel() for parameter in make_encoder(**SMALL).parameters()) + 1
+    encoder(torch.randn(4, 3, 32, 32)).square().sum().backward()
+    assert encoder.log_scale.grad.item() > 0

@@ -1,0 +1,134 @@
+"""The figures: they appear, they are not blank, and what they show changes with the data."""
+
+import xml.etree.ElementTree as ElementTree
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.config import UserError
+from common.data import ImageSet, load_dataset
+from common.figures import plot_accuracy_over_k, plot_episode, plot_examples, plot_training_curves
+
+HISTORY = [
+    {"epoch": epoch, "lr": 1e-3, "train_loss": 2 / epoch, "val_loss": 2.2 / epoch, "train_accuracy": 1 - 0.7 / epoch, "val_accuracy": 1 - 0.8 / epoch}
+    for epoch in (1, 2, 3, 4)
+]
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    """A test that fails half way leaves its figure open; the next one counts open figures."""
+    yield
+    plt.close("all")
+
+
+def result_rows(models=("protonet", "pixels"), spread=True):
+    spreads = {"std": 0.03, "ci95": 0.01} if spread else {"std": None, "ci95": None}
+    return [
+        {"model": model, "k_shot": k, "n_way": 10, "accuracy": 0.3 + 0.05 * place + 0.01 * k, **spreads} for place, model in enumerate(models) for k in (2, 4, 16)
+    ]
+
+
+def image_set(class_names, per_class=8, height=32, width=32):
+    images = torch.randint(256, (len(class_names) * per_class, 3, height, width), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return ImageSet("some data", images, torch.arange(len(class_names)).repeat_interleave(per_class), list(class_names))
+
+
+def pixels_of(path):
+    """The pixels of path.png, after a look at both files: neither blank nor broken, and no figure left open."""
+    with Image.open(f"{path}.png") as image:
+        pixels = np.asarray(image.convert("RGB"))
+    assert min(pixels.shape[:2]) > 100
+    # White paper, and ink on at least one pixel in two hundred.
+    assert (pixels[0, 0] == 255).all() and (pixels < 200).any(axis=2).mean() > 0.005
+    svg = ElementTree.parse(f"{path}.svg").getroot()
+    assert svg.tag.endswith("svg") and len(list(svg.iter())) > 20
+    assert plt.get_fignums() == []
+    return pixels
+
+
+def test_training_curves_appear(tmp_path):
+    path = str(tmp_path / "folder" / "curves")
+    plot_training_curves(HISTORY, "ProtoNet", "glyphs", path)
+    pixels = pixels_of(path)
+    plot_training_curves(HISTORY[:2], "ProtoNet", "glyphs", path)
+    assert not np.array_equal(pixels, pixels_of(path))
+
+
+def test_training_curves_of_a_single_epoch_appear(tmp_path):
+    plot_training_curves(HISTORY[:1], "MAML", "glyphs", str(tmp_path / "curves"))
+    pixels_of(tmp_path / "curves")
+
+
+def test_examples_show_images_of_the_data_set(glyph_dir, tmp_path):
+    glyphs = load_dataset("glyphs", glyph_dir)
+    plot_examples(glyphs, str(tmp_path / "glyphs"))
+    pixels = pixels_of(tmp_path / "glyphs")
+    glyphs.images = 255 - glyphs.images
+    plot_examples(glyphs, str(tmp_path / "negative"))
+    assert not np.array_equal(pixels, pixels_of(tmp_path / "negative"))
+
+
+@pytest.mark.parametrize("count", [1, 2, 9, 11, 30])
+def test_examples_of_any_number_of_classes_appear(tmp_path, count):
+    plot_examples(image_set([f"class {c}" for c in range(count)]), str(tmp_path / "examples"))
+    pixels_of(tmp_path / "examples")
+
+
+def test_an_episode_shows_its_own_images(tmp_path):
+    data = image_set(["a", "b", "c"], height=32, width=40)
+    episode = torch.tensor([0, 1, 8, 9, 16, 17, 2, 3, 4, 10, 11, 12, 18, 19, 20])
+    plot_episode(data, episode, 3, 2, str(tmp_path / "episode"))
+    pixels = pixels_of(tmp_path / "episode")
+    plot_episode(data, episode + 1, 3, 2, str(tmp_path / "other"))
+    assert not np.array_equal(pixels, pixels_of(tmp_path / "other"))
+
+
+def test_an_episodes_support_is_left_and_its_queries_are_right(tmp_path):
+    # Red support images, blue queries.
+    data = image_set(["a", "b"])
+    data.images[:] = 0
+    data.images[:, 2] = 255
+    support = torch.tensor([0, 1, 8, 9])
+    data.images[support] = torch.tensor([255, 0, 0], dtype=torch.uint8).view(1, 3, 1, 1)
+    plot_episode(data, torch.tensor([0, 1, 8, 9, 2, 3, 10, 11]), 2, 2, str(tmp_path / "episode"))
+    pixels = pixels_of(tmp_path / "episode").astype(int)
+    red = np.flatnonzero(((pixels - [255, 0, 0]) == 0).all(axis=2).any(axis=0))
+    blue = np.flatnonzero(((pixels - [0, 0, 255]) == 0).all(axis=2).any(axis=0))
+    assert len(red) and len(blue) and red.max() < pixels.shape[1] / 2 < blue.max() and red.max() < blue.min()
+
+
+def test_accuracy_over_k_appears_for_any_choice_of_models(tmp_path):
+    rows = result_rows(("pixels", "protonet", "protomaml", "maml"))
+    plot_accuracy_over_k(rows, ["pixels", "protonet", "protomaml", "maml"], "Test classes", str(tmp_path / "all"))
+    plot_accuracy_over_k(rows, ["protonet"], "Test classes", str(tmp_path / "one"))
+    assert not np.array_equal(pixels_of(tmp_path / "all"), pixels_of(tmp_path / "one"))
+
+
+def test_accuracy_over_k_needs_no_spread(tmp_path):
+    plot_accuracy_over_k(result_rows(spread=False), ["protonet", "pixels"], "Test classes", str(tmp_path / "figure"))
+    pixels_of(tmp_path / "figure")
+
+
+def test_the_same_numbers_give_the_same_bytes(tmp_path):
+    for name in ("first", "second"):
+        plot_accuracy_over_k(result_rows(), ["protonet", "pixels"], "Test classes", str(tmp_path / name))
+    for suffix in ("png", "svg"):
+        assert (tmp_path / f"first.{suffix}").read_bytes() == (tmp_path / f"second.{suffix}").read_bytes(), suffix
+
+
+def test_names_with_dollar_signs_are_text_and_no_formula(tmp_path):
+    # matplotlib reads what stands between two dollar signs as a formula, and stumbles over this one.
+    names = ["$^$", "US$_AU$", "c"]
+    plot_examples(image_set(names), str(tmp_path / "examples"))
+    plot_episode(image_set(names), torch.tensor([0, 8, 16, 1, 9, 17]), 3, 1, str(tmp_path / "episode"))
+    plot_training_curves(HISTORY, "ProtoNet", "$^$", str(tmp_path / "curves"))
+
+
+def test_a_folder_that_cannot_be_written_is_one_message(tmp_path):
+    (tmp_path / "taken").write_text("a file where a folder is needed")
+    with pytest.raises(UserError, match="curves"):
+        plot_training_curves(HISTORY, "ProtoNet", "glyphs", str(tmp_path / "taken" / "curves"))

@@ -1,0 +1,115 @@
+"""The built-in data sets: shapes, names, and drawings that depend on nothing but seed and class."""
+
+import unicodedata
+
+import numpy as np
+import pytest
+
+from common import glyphs
+from common.glyphs import draw_glyph_digits, draw_glyphs
+
+COUNT = 12  # images per class
+
+
+@pytest.fixture(scope="module")
+def characters():
+    return draw_glyphs(images_per_class=COUNT)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return draw_glyph_digits(images_per_class=40)
+
+
+def test_there_are_100_character_classes_of_the_asked_number_of_images(characters):
+    images, labels, names = characters
+    assert images.shape == (100 * COUNT, 32, 32, 3) and images.dtype == np.uint8
+    assert labels.dtype == np.int64 and labels.tolist() == [c for c in range(100) for _ in range(COUNT)]
+    assert len(names) == len(set(names)) == 100
+
+
+def test_there_are_10_digit_classes_of_the_asked_number_of_images(digits):
+    images, labels, names = digits
+    assert images.shape == (400, 32, 32, 3) and images.dtype == np.uint8
+    assert labels.dtype == np.int64 and labels.tolist() == [c for c in range(10) for _ in range(40)]
+    assert names == ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"]
+
+
+def test_names_are_plain_words_fit_for_a_file_name(characters):
+    for name in characters[2]:
+        assert name.isascii() and name.replace("_", "").isalnum() and name == name.lower(), name
+    assert "greek_small_xi" in characters[2] and "latin_capital_a" in characters[2]
+
+
+def test_no_digit_is_among_the_character_classes(characters):
+    # The digits are the unseen second domain: a model must not have met one.
+    assert len(glyphs.CHARACTERS) == len(set(glyphs.CHARACTERS)) == 100
+    assert not any(unicodedata.category(character).startswith("N") for character in glyphs.CHARACTERS)
+    assert not any("digit" in name.split("_") for name in characters[2])
+
+
+def test_the_same_seed_draws_the_same_images_and_another_seed_others(characters, digits):
+    assert np.array_equal(draw_glyphs(images_per_class=COUNT)[0], characters[0])
+    assert np.array_equal(draw_glyph_digits(images_per_class=40)[0], digits[0])
+    assert not np.array_equal(draw_glyph_digits(seed=1, images_per_class=40)[0], digits[0])
+
+
+def test_a_class_is_the_same_whatever_is_drawn_beside_it(characters, monkeypatch):
+    monkeypatch.setattr(glyphs, "CHARACTERS", glyphs.CHARACTERS[:3] + "Z" + glyphs.CHARACTERS[4:6])
+    images, _, names = draw_glyphs(images_per_class=COUNT)
+    images, expected = images.reshape(6, COUNT, 32, 32, 3), characters[0].reshape(100, COUNT, 32, 32, 3)
+    assert names[3] == "latin_capital_z" and not np.array_equal(images[3], expected[3])
+    for label in (0, 1, 2, 4, 5):
+        assert np.array_equal(images[label], expected[label])
+
+
+def test_no_random_number_comes_from_numpys_global_generator(digits):
+    np.random.seed(0)
+    before = np.random.get_state()[1].copy()
+    draw_glyph_digits(images_per_class=1)
+    assert np.array_equal(np.random.get_state()[1], before)
+
+
+def test_no_two_images_are_the_same(characters, digits):
+    for images in (characters[0], digits[0]):
+        assert len({image.tobytes() for image in images}) == len(images)
+
+
+def test_no_image_is_blank(characters, digits):
+    for images in (characters[0], digits[0]):
+        assert images.reshape(len(images), -1).std(axis=1).min() > 3
+
+
+def ink_of(images):
+    """How far each pixel is from the image's usual grey, whichever of the two is darker; [N, 1024], of equal length."""
+    grey = images.astype(float).mean(axis=3).reshape(len(images), -1)
+    ink = np.abs(grey - np.median(grey, axis=1, keepdims=True))
+    ink -= ink.mean(axis=1, keepdims=True)
+    return ink / np.linalg.norm(ink, axis=1, keepdims=True)
+
+
+# Rotated, stretched and shifted, they are hard for so plain a method; but chance, 0.01 and 0.1, is far below.
+@pytest.mark.parametrize("draw, count, least", [(draw_glyphs, 24, 0.1), (draw_glyph_digits, 60, 0.4)])
+def test_images_look_like_others_of_their_class(draw, count, least):
+    images, labels, names = draw(images_per_class=count)
+    ink = ink_of(images).reshape(len(names), count, -1)
+    half = count // 2
+    means = ink[:, :half].mean(axis=1)
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    accuracy = ((ink[:, half:] @ means.T).argmax(axis=2) == np.arange(len(names))[:, None]).mean()
+    assert accuracy > least
+
+
+@pytest.mark.parametrize("draw", [draw_glyphs, draw_glyph_digits])
+def test_what_cannot_be_drawn_is_refused(draw):
+    for count in (0, -1):
+        with pytest.raises(ValueError, match="images_per_class"):
+            draw(images_per_class=count)
+    with pytest.raises(ValueError):
+        draw(seed=-1, images_per_class=1)
+
+
+def test_a_character_that_the_fonts_lack_is_named(monkeypatch):
+    monkeypatch.setattr(glyphs, "CHARACTERS", "A\u4e2d")
+    with pytest.raises(RuntimeError, match="\u4e2d"):
+        draw_glyphs(images_per_class=1)

@@ -1,0 +1,248 @@
+"""The k-shot test against loops that go over every image, one at a time."""
+
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from common.config import UserError
+from common.encoder import make_encoder
+from common.kshot import adapted_accuracies, nearest_prototype_accuracies, spread_evenly, summarize, support_sets
+
+NAMES = [f"class {c}" for c in range(20)]
+
+
+def labels_of(sizes, seed=0):
+    labels = torch.cat([torch.full((size,), c) for c, size in enumerate(sizes)])
+    return labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
+
+
+def features_of(labels, dim=6, seed=0):
+    """Features in which the classes overlap: some queries are right, some wrong."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(int(labels.max()) + 1, dim, generator=generator, dtype=torch.float64)
+    return centres[labels] + torch.randn(len(labels), dim, generator=generator, dtype=torch.float64)
+
+
+def chunks_by_hand(labels, k_shot):
+    """All support sets, as lists of lists of image numbers: [set][class] -> its k images."""
+    rows = {}
+    for row, label in enumerate(labels.tolist()):
+        rows.setdefault(label, []).append(row)
+    full = min(len(of_class) // k_shot for of_class in rows.values())
+    return [[rows[c][i * k_shot : (i + 1) * k_shot] for c in sorted(rows)] for i in range(full)]
+
+
+def accuracies_by_hand(features, labels, k_shot):
+    """One image after another: the class of the nearest mean, counted right or wrong."""
+    features, results = features.numpy(), []
+    for chunk in chunks_by_hand(labels, k_shot):
+        prototypes = [features[rows].mean(axis=0) for rows in chunk]
+        support = {row for rows in chunk for row in rows}
+        right = [
+            int(np.argmin([((features[row] - prototype) ** 2).sum() for prototype in prototypes]) == labels[row])
+            for row in range(len(labels))
+            if row not in support
+        ]
+        results.append(sum(right) / len(right))
+    return results
+
+
+@pytest.mark.parametrize("sizes, k_shot", [([12, 12, 12], 4), ([13, 13, 13, 13], 4), ([11, 30, 17], 3), ([9, 9], 8), ([5, 5, 5], 1)])
+def test_support_sets_are_the_full_chunks_of_every_class_in_order(sizes, k_shot):
+    labels = labels_of(sizes)
+    expected = [[row for rows in chunk for row in rows] for chunk in chunks_by_hand(labels, k_shot)]
+    sets = support_sets(labels, k_shot, NAMES[: len(sizes)])
+    assert sets.tolist() == expected
+    assert len(sets) == min(sizes) // k_shot  # the short rest is never a support set
+
+
+def test_600_images_per_class_give_the_tutorials_numbers_of_support_sets():
+    labels = labels_of([600] * 10)
+    assert [len(support_sets(labels, k, NAMES[:10])) for k in (2, 4, 8, 16, 32)] == [300, 150, 75, 37, 18]
+
+
+@settings(max_examples=30)
+@given(sizes=st.lists(st.integers(6, 15), min_size=2, max_size=5), k_shot=st.integers(1, 5), seed=st.integers(0, 1000))
+def test_accuracies_equal_a_double_loop_over_sets_and_images(sizes, k_shot, seed):
+    labels = labels_of(sizes, seed)
+    features = features_of(labels, seed=seed)
+    sets = support_sets(labels, k_shot, NAMES[: len(sizes)])
+    found = nearest_prototype_accuracies(features, labels, sets, len(sizes))
+    assert found.dtype == torch.float64
+    assert found.tolist() == pytest.approx(accuracies_by_hand(features, labels, k_shot), abs=1e-12)
+
+
+def test_queries_are_all_other_images_also_those_that_fill_no_chunk():
+    # Two classes on a line; the last image of the second, in no support set, is the only one that is wrong.
+    labels = torch.tensor([0] * 5 + [1] * 5)
+    features = torch.tensor([[0.0]] * 5 + [[1.0]] * 4 + [[0.1]])
+    sets = support_sets(labels, 2, NAMES[:2])
+    assert len(sets) == 2
+    assert nearest_prototype_accuracies(features, labels, sets, 2).tolist() == [5 / 6, 5 / 6]
+
+
+def test_the_support_images_themselves_do_not_count():
+    # Every query is wrong: only the support images, were they counted, would be right.
+    labels = torch.tensor([0, 0, 1, 1])
+    features = torch.tensor([[0.0], [1.0], [1.0], [0.0]])
+    sets = support_sets(labels, 1, NAMES[:2])
+    assert nearest_prototype_accuracies(features, labels, sets, 2).tolist() == [0.0, 0.0]
+
+
+def small_encoder():
+    torch.manual_seed(0)
+    encoder = make_encoder(8, growth_rate=4, block_config=(2, 2, 2, 2), num_init_features=8).double()
+    for _ in range(3):
+        encoder(torch.randn(10, 3, 32, 32, dtype=torch.float64))
+    return encoder.eval()
+
+
+def images_of(labels, seed=0):
+    """Noise around a pattern for each class."""
+    generator = torch.Generator().manual_seed(seed)
+    patterns = torch.randn(int(labels.max()) + 1, 3, 32, 32, generator=generator, dtype=torch.float64)
+    return patterns[labels] + 2 * torch.randn(len(labels), 3, 32, 32, generator=generator, dtype=torch.float64)
+
+
+INNER_LOOP = {"num_inner_steps": 3, "lr_inner": 0.05, "lr_output": 0.02, "output_init": "prototypes"}
+
+
+@pytest.mark.parametrize("output_init", ["prototypes", "zeros"])
+@pytest.mark.parametrize("sizes, k_shot", [([7, 7, 7], 3), ([4, 6, 5], 2)])
+def test_adapted_accuracies_equal_adaptation_by_hand_of_one_set_after_another(sizes, k_shot, output_init):
+    labels, encoder = labels_of(sizes), small_encoder()
+    images = images_of(labels)
+    options = {**INNER_LOOP, "output_init": output_init}
+    found = adapted_accuracies(encoder, images, labels, support_sets(labels, k_shot, NAMES[: len(sizes)]), len(sizes), options)
+
+    expected = []
+    for chunk in chunks_by_hand(labels, k_shot):
+        rows = [row for of_class in chunk for row in of_class]
+        x_spt, y_spt = images[rows], labels[rows]
+        model = deepcopy(encoder).train()
+        with torch.no_grad():
+            v = torch.stack([deepcopy(model)(x_spt)[y_spt == c].mean(dim=0) for c in range(len(sizes))])
+        head = torch.nn.Linear(8, len(sizes)).double()
+        with torch.no_grad():
+            head.weight.copy_(2 * v if output_init == "prototypes" else 0 * v)
+            head.bias.copy_(-v.square().sum(dim=1) if output_init == "prototypes" else 0 * v.sum(dim=1))
+        optimizer = torch.optim.SGD([{"params": model.parameters(), "lr": 0.05}, {"params": head.parameters(), "lr": 0.02}])
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(head(model(x_spt)), y_spt).backward()
+            optimizer.step()
+        model.eval()
+        queries = [row for row in range(len(labels)) if row not in rows]
+        right = [int(head(model(images[row : row + 1])).argmax() == labels[row]) for row in queries]
+        expected.append(sum(right) / len(right))
+    assert found.tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_order_of_the_support_sets_changes_no_result_by_a_bit():
+    labels, encoder = labels_of([8, 8, 8]), small_encoder().float()
+    images, sets = images_of(labels).float(), support_sets(labels, 2, NAMES[:3])
+    order = [2, 0, 3, 1]
+    features = encoder(images).detach()
+    for accuracies in (
+        lambda some: nearest_prototype_accuracies(features, labels, some, 3),
+        lambda some: adapted_accuracies(encoder, images, labels, some, 3, INNER_LOOP),
+    ):
+        forward = accuracies(sets)
+        assert len(forward) == 4
+        assert torch.equal(accuracies(sets[order]), forward[order])
+        # Each set alone, with no copy from an earlier set to be used again.
+        assert torch.equal(torch.cat([accuracies(sets[i : i + 1]) for i in range(4)]), forward)
+
+
+def test_a_test_leaves_the_encoder_as_it_was_to_the_last_bit():
+    labels, encoder = labels_of([6, 6]), small_encoder()
+    before = deepcopy(encoder.state_dict())
+    adapted_accuracies(encoder, images_of(labels), labels, support_sets(labels, 2, NAMES[:2]), 2, INNER_LOOP)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+    assert not any(module.training for module in encoder.modules())
+
+
+def test_the_size_of_the_query_batches_does_not_matter():
+    labels, encoder = labels_of([6, 6]), small_encoder()
+    images, sets = images_of(labels), support_sets(labels, 2, NAMES[:2])
+    results = [adapted_accuracies(encoder, images, labels, sets, 2, INNER_LOOP, batch_size=size).tolist() for size in (1, 5, 100)]
+    assert results[0] == results[1] == results[2]
+
+
+def test_progress_sees_every_support_set_once():
+    labels, seen = labels_of([6, 6]), []
+
+    def count(sets):
+        for support in sets:
+            seen.append(support.tolist())
+            yield support
+
+    sets = support_sets(labels, 2, NAMES[:2])
+    nearest_prototype_accuracies(features_of(labels), labels, sets, 2, count)
+    adapted_accuracies(small_encoder(), images_of(labels), labels, sets, 2, INNER_LOOP, count)
+    assert seen == sets.tolist() * 2
+
+
+def test_a_cap_takes_support_sets_that_are_spread_evenly():
+    labels = labels_of([40] * 3)
+    every = support_sets(labels, 2, NAMES[:3])
+    assert len(every) == 20
+    for cap in range(1, 20):
+        sets = support_sets(labels, 2, NAMES[:3], max_sets=cap)
+        positions = [every.tolist().index(chosen) for chosen in sets.tolist()]
+        assert len(positions) == cap and positions == sorted(set(positions))
+        gaps = [after - before for before, after in zip(positions, positions[1:])]
+        assert not gaps or max(gaps) - min(gaps) <= 1
+        # As far from the beginning as from the end, up to the rounding to whole positions.
+        assert abs(positions[0] - (19 - positions[-1])) <= 1
+    for cap in (0, 20, 500):
+        assert torch.equal(support_sets(labels, 2, NAMES[:3], max_sets=cap), every)
+
+
+@given(st.integers(1, 400), st.integers(1, 400))
+def test_spread_positions_are_distinct_and_in_range(available, wanted):
+    wanted = min(wanted, available)
+    positions = spread_evenly(available, wanted)
+    assert len(set(positions)) == wanted and positions == sorted(positions)
+    assert 0 <= positions[0] and positions[-1] < available
+
+
+def test_a_class_without_an_image_left_to_ask_is_named_with_both_numbers():
+    labels = labels_of([20, 8, 20])
+    with pytest.raises(UserError) as caught:
+        support_sets(labels, 8, ["apple", "beaver", "crab"])
+    assert "'beaver'" in str(caught.value) and "k = 8" in str(caught.value) and "found 8" in str(caught.value) and "--k_shots" in str(caught.value)
+    assert len(support_sets(labels, 7, ["apple", "beaver", "crab"])) == 1
+
+
+def test_a_class_without_any_image_is_named():
+    with pytest.raises(UserError, match="found 0 of 'crab'"):
+        support_sets(labels_of([20, 20]), 2, ["apple", "beaver", "crab"])
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=50))
+def test_the_summary_equals_scipys(accuracies):
+    mean, std, ci95 = summarize(torch.tensor(accuracies, dtype=torch.float64))
+    assert mean == pytest.approx(np.mean(accuracies), abs=1e-12)
+    assert std == pytest.approx(np.std(accuracies, ddof=1), abs=1e-9)
+    if std > 1e-6:
+        low, high = stats.t.interval(0.95, len(accuracies) - 1, loc=np.mean(accuracies), scale=stats.sem(accuracies))
+        assert ci95 == pytest.approx((high - low) / 2, rel=1e-6)
+
+
+def test_the_summary_of_a_known_sample():
+    # Mean 0.5, standard deviation 0.1; t(0.975, 2) = 4.302653 from a printed table, over the root of 3.
+    mean, std, ci95 = summarize(torch.tensor([0.4, 0.5, 0.6], dtype=torch.float64))
+    assert (mean, std) == (pytest.approx(0.5), pytest.approx(0.1))
+    assert ci95 == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-6)
+
+
+def test_a_single_support_set_has_no_spread():
+    assert summarize(torch.tensor([0.25], dtype=torch.float64)) == (0.25, None, None)
