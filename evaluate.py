@@ -216,8 +216,9 @@ def draw_figures(cfg, data, split, tested, rows):
         plot_examples(image_set, where(f"examples_{image_set.name}"))
     val = data.of_classes(split["val"])
     n_way, k_shot = min(5, len(val.class_names)), min(4, torch.bincount(val.labels).min().item() // 2)
-    episode = FewShotBatchSampler(val.labels, n_way, k_shot, include_query=True, seed=0, class_names=val.class_names).episodes()[0]
-    plot_episode(val, episode, n_way, k_shot, where("few_shot_batch"))
+    if k_shot:
+        episode = FewShotBatchSampler(val.labels, n_way, k_shot, include_query=True, seed=0, class_names=val.class_names).episodes()[0]
+        plot_episode(val, episode, n_way, k_shot, where("few_shot_batch"))
     for image_set in tested:
         of_set = [row for row in rows if row["dataset"] == image_set.name]
         models = [model for model in ("pixels", *MODEL_NAMES) if any(row["model"] == model for row in of_set)]

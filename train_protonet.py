@@ -28,6 +28,8 @@ from common.samplers import FewShotBatchSampler, episode_labels
 
 @dataclass
 class Config:
+    # recipe
+    recipe: str = "tutorial"  # values for the options below: tutorial (the defaults) or best (RECIPES); single options go before
     # data
     dataset: str = "cifar100"  # data set to train on: cifar100, glyphs, or a file or folder of yours in data_dir
     data_dir: str = os.environ.get("PATH_DATASETS", "data")  # folder of the data sets
@@ -69,6 +71,21 @@ class Config:
         require_at_most(self, LARGEST_SEED, "seed")
         require_at_most(self, LARGEST_DIM, "proto_dim")
         require_positive(self, "lr", "lr_drops", "pretrain_lr", "least_crop")
+
+
+RECIPES = {
+    "tutorial": {},
+    # Classify all training classes at once, with strong augmentation; no episode seen. See docs/experiments.md.
+    "best": {
+        "epochs": 30,
+        "pretrain_epochs": 30,
+        "unit_features": True,
+        "least_crop": 0.4,
+        "color_jitter": 0.3,
+        "weight_decay": 0.05,
+        "val_way": 10,
+    },
+}
 
 
 def main(cfg):
@@ -167,4 +184,4 @@ def validate(encoder, images, episodes, n_way, cfg):
 
 
 if __name__ == "__main__":
-    run_script(main, Config)
+    run_script(main, Config, RECIPES)

@@ -54,7 +54,7 @@ def protonet_step(encoder, optimizer, images, labels):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    return loss.item()
+    return loss.detach()
 
 
 def protomaml_step(encoder, optimizer, images, labels, num_tasks, num_inner_steps, lr=0.1):
@@ -70,16 +70,16 @@ def protomaml_step(encoder, optimizer, images, labels, num_tasks, num_inner_step
         loss.backward()
         for base, copy in zip(encoder.parameters(), local.parameters()):
             base.grad += copy.grad
-        losses.append(loss.item())
+        losses.append(loss.detach())
     optimizer.step()
-    return sum(losses) / len(losses)
+    return torch.stack(losses).mean()
 
 
 def adapt(encoder, x_spt, y_spt, num_inner_steps, lr=0.1):
     """Adapt a fresh deep copy to a support set; returns (copy, weight, bias, classes)."""
     prototypes, classes = _prototypes(encoder(x_spt), y_spt)
     labels = _positions(classes, y_spt)
-    local = deepcopy(encoder)
+    local = deepcopy(encoder).train()
     sgd = torch.optim.SGD(local.parameters(), lr=lr)
     init_weight, init_bias = 2 * prototypes, -prototypes.norm(dim=1) ** 2
     weight, bias = init_weight.detach().requires_grad_(), init_bias.detach().requires_grad_()
@@ -92,6 +92,12 @@ def adapt(encoder, x_spt, y_spt, num_inner_steps, lr=0.1):
         bias.data -= lr * bias.grad
     sgd.zero_grad()
     return local, (weight - init_weight).detach() + init_weight, (bias - init_bias).detach() + init_bias, classes
+
+
+@torch.no_grad()
+def encode(encoder, images, batch_size=128):
+    """Return the features of images [N, 3, H, W], on the CPU, in the notebook's batches."""
+    return torch.cat([encoder(batch).cpu() for batch in images.split(batch_size)])
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """The training augmentation for a whole batch at once, on the device that holds the images.
 
 It does what torchvision's RandomHorizontalFlip and RandomResizedCrop(size, scale=(0.8, 1), ratio=(0.9, 1.1)) do to
-one image after another. The random numbers are drawn apart from their use: on the CPU, for an epoch at a time, so that
-every machine draws the same ones.
+one image after another; only where no crop fits, in images far from square, it takes the whole image. The random
+numbers are drawn apart from their use: on the CPU, for an epoch at a time, so that every machine draws the same ones.
 """
 
 import math

@@ -11,16 +11,18 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import time
+import warnings
 
 import torch
 from tqdm import tqdm
 
 from common.config import UserError
 from common.data import CIFAR100_MEAN, CIFAR100_STD
-from common.encoder import make_encoder
+from common.encoder import LARGEST_DIM, make_encoder
 from common.files import atomic_file, write_text
 from common.inner_loop import BATCHNORMS, OUTPUT_INITS
 
@@ -28,8 +30,8 @@ FORMAT = "few-shot checkpoint, version 1"
 SAVE_EVERY = 120  # seconds between two saves inside an epoch
 LOG_EVERY = 20  # steps between two looks at the loss: on a GPU a look waits for all the work before it
 MODEL_NAMES = {"protonet": "ProtoNet", "protomaml": "ProtoMAML", "maml": "MAML"}
-# Of a run's config, what says where it ran and not what it did: a checkpoint does not carry it.
-NOT_KEPT = ("data_dir", "checkpoint_dir", "device", "resume", "overwrite")
+# Of a run's config, what says where it ran, or how its values were named, but not what it did: a checkpoint does not carry it.
+NOT_KEPT = ("recipe", "data_dir", "checkpoint_dir", "device", "resume", "overwrite")
 
 
 def save_checkpoint(path, contents):
@@ -50,7 +52,9 @@ def load_checkpoint(path):
     if not os.path.isfile(path):
         raise UserError(f"there is no checkpoint {path}; train one first (python train_protonet.py --help) or pass another file")
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # our line says it
+            contents = torch.load(path, map_location="cpu", weights_only=True)
     # torch.load on foreign bytes raises whatever the layer raises that stumbles: pickle, zip, struct, unicode, ...
     except Exception as error:
         raise UserError(f"{path} is not a readable checkpoint ({_first_line(error)}); it may be damaged or foreign: train again or pass another file") from error
@@ -62,8 +66,14 @@ def load_checkpoint(path):
 
 def encoder_of(checkpoint, path):
     """Return the encoder of a loaded checkpoint, on the CPU, in eval mode. Raises UserError where the weights do not fit."""
+    arguments = checkpoint["encoder"]
     try:
-        encoder = make_encoder(**checkpoint["encoder"])
+        sizes = [size for value in arguments.values() for size in (value if isinstance(value, (list, tuple)) else [value])]
+        if not all(isinstance(size, int) and size <= LARGEST_DIM for size in sizes) or sum(arguments.get("block_config", [])) > 1000:
+            raise ValueError(f"no network is that large: {str(arguments)[:100]}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            encoder = make_encoder(**arguments)
         encoder.load_state_dict(checkpoint["state_dict"])
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
         raise UserError(f"{path}: the weights do not fit the encoder that it names ({_first_line(error)}); pass a checkpoint of this project or of the tutorial") from error
@@ -185,8 +195,9 @@ class TrainingRun:
             )
         if os.path.exists(self.best_path):
             earlier = os.path.join(self.folder, f"{self.model}_previous.pt")
-            os.replace(self.best_path, earlier)
-            print(f"kept the checkpoint of an earlier run as {earlier}")
+            with atomic_file(earlier) as temporary:
+                shutil.copyfile(self.best_path, temporary)
+            print(f"the first epoch will replace {self.best_path}; kept a copy as {earlier}")
         # So that a stop within the first minutes finds something to resume; and a folder that cannot be written shows now.
         self._save_last()
 
@@ -312,23 +323,23 @@ def _check_contents(contents, path):
     found = contents.get("format") if isinstance(contents, dict) else type(contents).__name__
     if found != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this project (found {str(found)[:60]!r}, needed {FORMAT!r}); pass another file")
-    kinds = {"dataset": str, "config": dict, "encoder": dict, "state_dict": dict, "class_split": dict, "epoch": int}
+    kinds = {"model": str, "dataset": str, "config": dict, "encoder": dict, "state_dict": dict, "class_split": dict, "epoch": int}
     wrong = [name for name, kind in kinds.items() if not isinstance(contents.get(name), kind)]
     wrong += [name for name in ("mean", "std") if not _is_numbers(contents.get(name), 3)]
-    wrong += ["class_split"] if contents.get("class_split") and not _is_split(contents["class_split"]) else []
+    wrong += ["class_split"] if not wrong and contents["class_split"] and not _is_split(contents["class_split"]) else []
     wrong += ["std"] if not wrong and min(contents["std"]) <= 0 else []
-    if not wrong and contents.get("model") in ("protomaml", "maml"):
+    if not wrong and contents["model"] in ("protomaml", "maml"):
         inner_loop = contents["config"]
         wrong += [name for name in ("lr_inner", "lr_output") if not _is_numbers([inner_loop.get(name)], 1)]
         wrong += [name for name, allowed in (("output_init", OUTPUT_INITS), ("batchnorm", BATCHNORMS)) if inner_loop.get(name, allowed[0]) not in allowed]
     if wrong:
         raise UserError(f"{path} is damaged: its {wrong[0]!r} cannot be used; pass another file or train again")
-    if contents.get("model") not in MODEL_NAMES:
-        raise UserError(f"{path} holds a model {str(contents.get('model'))[:60]!r}, but one of {', '.join(MODEL_NAMES)} is needed; pass another file")
+    if contents["model"] not in MODEL_NAMES:
+        raise UserError(f"{path} holds a model {contents['model'][:60]!r}, but one of {', '.join(MODEL_NAMES)} is needed; pass another file")
 
 
 def _is_numbers(values, count):
-    return isinstance(values, (tuple, list)) and len(values) == count and all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
+    return isinstance(values, (tuple, list)) and len(values) == count and all(isinstance(value, (int, float)) and abs(value) < 1e9 for value in values)
 
 
 def _is_split(split):

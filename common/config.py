@@ -218,5 +218,5 @@ def _unknown_option(word, names):
 
 
 def _nearest(word, names, prefix):
-    near = difflib.get_close_matches(str(word), names, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6)
     return f": did you mean {prefix}{near[0]}?" if near else ""

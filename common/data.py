@@ -159,12 +159,12 @@ def _read_npz(name, file):
 
 
 def _read_folder(name, folder):
-    class_folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    class_folders = [path for path in _listed(folder) if path.is_dir()]
     if not class_folders:
         raise UserError(f"{folder} holds no class: put the images of each class into a folder {folder}/<class>/")
     images, labels, first = [], [], None
     for label, class_folder in enumerate(class_folders):
-        files = sorted(path for path in class_folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
+        files = [path for path in _listed(class_folder) if path.suffix.lower() in (".png", ".jpg", ".jpeg")]
         if not files:
             raise UserError(f"class folder {class_folder} holds no .png or .jpg file; add images or remove the folder")
         for file in files:
@@ -174,7 +174,15 @@ def _read_folder(name, folder):
                 raise UserError(f"{file} is {_size(image.shape)} but {first[0]} is {_size(first[1])}; bring all images to one size")
             images.append(image)
             labels.append(label)
-    return _image_set(name, np.stack(images), np.array(labels), [path.name for path in class_folders], folder)
+    return _image_set(name, np.stack(images), np.array(labels, dtype=np.int64), [path.name for path in class_folders], folder)
+
+
+def _listed(folder):
+    """Return the paths in a folder, sorted, without hidden ones (macOS puts a ._x.png beside x.png)."""
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}; change its permissions") from error
 
 
 def _read_image(file):

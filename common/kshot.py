@@ -22,9 +22,10 @@ def support_sets(labels, k_shot, class_names, max_sets=0):
     Raises UserError where a class has no image left to be a query.
     """
     counts = torch.bincount(labels.cpu(), minlength=len(class_names))
-    if counts.min() <= k_shot:
+    fewest = counts.min().item()
+    if fewest <= k_shot:
         name = class_names[counts.argmin()]
-        raise UserError(f"k = {k_shot} needs more than {k_shot} images of each class, found {counts.min()} of {name!r}; pass smaller numbers, --k_shots=2,4 for example")
+        raise UserError(f"k = {k_shot} needs more than {k_shot} images of each class, found {fewest} of {name!r}; pass smaller numbers, --k_shots=2,4 for example")
     sets = FewShotBatchSampler(labels, len(class_names), k_shot, shuffle=False).episodes()
     if 0 < max_sets < len(sets):
         sets = sets[spread_evenly(len(sets), max_sets)]

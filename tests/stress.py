@@ -7,6 +7,7 @@ uninterrupted run by a single bit, a finished result that is computed again, a t
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -40,7 +41,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 # Few and small episodes: an image takes some milliseconds.
 SMALL_EPISODES = ["--dataset=glyphs", "--n_way=2", "--k_shot=2", "--n_query=2"]
-SECONDS_OF_WORK = 4  # a process that is to be killed lives at most that long after its first file
+SECONDS_OF_WORK = 2  # that long after the first file that it writes a process is killed at the latest, give or take a file
 SECONDS_TO_FINISH = 300  # longer means that it hangs
 
 
@@ -90,8 +91,7 @@ def run_to_end(job, folder):
     with tempfile.TemporaryFile("w+") as log:
         began = time.monotonic()
         process = start(job, folder, log)
-        while process.poll() is None and not files_of(folder):
-            time.sleep(0.02)
+        wait_until(process, lambda: files_of(folder), SECONDS_TO_FINISH)
         first_file = time.monotonic() - began
         try:
             code = process.wait(SECONDS_TO_FINISH)
@@ -104,25 +104,45 @@ def run_to_end(job, folder):
     return printed, first_file
 
 
-def run_and_kill(job, folder, seconds, while_writing):
-    """Start the job, kill it after `seconds`; return whether it was killed before its end.
+def run_and_kill(job, folder, rng, first_file):
+    """Start the job, kill it at a random moment, return whether that was before its end.
 
-    while_writing: from that moment on wait for a temporary file, so that the kill falls into the writing of a file.
+    One kill in four falls into the start, before anything is written; one in four waits for a temporary file, so that
+    it falls into the writing of a file; the others come at any moment of the work.
     """
+    kind = rng.choice(["start", "writing", "work", "work"])
     with tempfile.TemporaryFile("w+") as log:
+        at_hand = versions(folder)
         process = start(job, folder, log)
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            patience = time.monotonic() + SECONDS_OF_WORK
-            while while_writing and time.monotonic() < patience and process.poll() is None and not temporary_files(folder):
-                pass
+        if kind == "start":
+            wait_until(process, lambda: False, rng.uniform(0, first_file))
+        else:
+            wait_until(process, lambda: versions(folder) != at_hand, SECONDS_TO_FINISH)
+            wait_until(process, lambda: False, rng.uniform(0, SECONDS_OF_WORK))
+        if kind == "writing":
+            wait_until(process, lambda: temporary_files(folder), SECONDS_OF_WORK)
         process.kill()
         code = process.wait()
         if code > 0:
             log.seek(0)
             raise RuntimeError(f"{job.name} ended with exit code {code}:\n{log.read()[-2000:]}")
         return code < 0
+
+
+def wait_until(process, condition, seconds):
+    """Wait until the condition holds, the process ends or the seconds are over."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None and not condition():
+        time.sleep(0.003)
+
+
+def versions(folder):
+    """Return the finished files under `folder` with their inode, which changes with every writing."""
+    found = {}
+    for path in files_of(folder):
+        with contextlib.suppress(FileNotFoundError):
+            found[path] = path.stat().st_ino
+    return found
 
 
 def files_of(folder):
@@ -198,7 +218,7 @@ def kill_and_compare(job, expected, folder, kills, first_file, seed):
             before = set(output.glob(".cache/*.json"))
             resumes += bool(files_of(output))
             if killed < kills:
-                finished = not run_and_kill(job, output, rng.uniform(0, first_file + SECONDS_OF_WORK), while_writing=rng.random() < 0.4)
+                finished = not run_and_kill(job, output, rng, first_file)
                 killed += not finished
             else:
                 printed, _ = run_to_end(job, output)
@@ -229,15 +249,12 @@ def main():
 def stress(folder, kills, seed):
     """Kill all scripts, print the table, return the exit code."""
     make_data(folder)
-    jobs = [training_job(model, folder, "--epochs=6", "--steps_per_epoch=20", *more) for model, more in (("protonet", []), ("protomaml", ["--val_episodes=4"]))]
-    jobs.append(
-        Job(
-            "evaluate",
-            "evaluate.py",
-            ["--dataset=glyphs", f"--data_dir={folder}", f"--checkpoint_dir={folder / 'trained'}", "--k_shots=2,4,8", "--num_inner_steps=8", "--max_support_sets=3"],
-            "results_dir",
-        )
-    )
+    test = ["--dataset=glyphs", f"--data_dir={folder}", f"--checkpoint_dir={folder / 'trained'}", "--k_shots=2,4,8", "--num_inner_steps=8", "--max_support_sets=3"]
+    jobs = [
+        training_job("protonet", folder, "--epochs=8", "--steps_per_epoch=20", "--pretrain_epochs=2", "--batch_size=16"),
+        training_job("protomaml", folder, "--epochs=4", "--steps_per_epoch=10", "--val_episodes=4"),
+        Job("evaluate", "evaluate.py", test, "results_dir"),
+    ]
     # The uninterrupted runs. The trainers share one folder: the evaluation tests all that is in it.
     expected, first_file = {}, {}
     for job in jobs:

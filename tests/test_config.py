@@ -215,7 +215,8 @@ def test_the_help_of_each_script_explains_every_option(script, capsys):
     config_class = importlib.import_module(script).Config
     _, options = help_of(config_class, capsys)
     assert list(options) == [field.name for field in dataclasses.fields(config_class)]
-    kinds = {int: "int", float: "float", bool: "true|false", str: "text", tuple[int, ...]: "int,int,...", tuple[float, ...]: "float,float,...", tuple[str, ...]: "text,text,..."}
+    kinds = {int: "int", float: "float", bool: "true|false", str: "text"}
+    kinds |= {tuple[int, ...]: "int,int,...", tuple[float, ...]: "float,float,...", tuple[str, ...]: "text,text,..."}
     for field in dataclasses.fields(config_class):
         kind, meaning, default = options[field.name]
         assert kind == kinds[field.type]

@@ -769,6 +769,8 @@ def test_a_page_in_place_of_cifar100_is_one_message_and_leaves_no_data_set(tmp_p
 )
 def test_without_a_network_one_message_names_the_missing_file_and_where_it_goes(tmp_path, no_network, name, files, address):
     timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(17)
     message_of(name, tmp_path / "data", tmp_path / "data" / f"{name}.npz", files, address, "PATH_DATASETS")
     assert not (tmp_path / "data" / f"{name}.npz").exists()
-    assert socket.getdefaulttimeout() == timeout
+    assert socket.getdefaulttimeout() == 17
+    socket.setdefaulttimeout(timeout)

@@ -42,6 +42,16 @@ def test_the_temporary_name_lies_in_the_same_folder_and_keeps_the_suffix(tmp_pat
         open(temporary, "w").close()
 
 
+def test_who_reads_the_old_file_meanwhile_reads_it_whole(tmp_path):
+    path = tmp_path / "numbers.txt"
+    path.write_text("the old, which is longer")
+    with open(path, "rb", buffering=0) as reader:
+        assert reader.read(7) == b"the old"
+        write_text(path, "the new")
+        assert reader.read() == b", which is longer"
+    assert path.read_text() == "the new"
+
+
 @pytest.mark.parametrize("error", [ValueError("bad number"), KeyboardInterrupt(), MemoryError()])
 def test_an_exception_leaves_the_old_file_whole(tmp_path, error):
     path = tmp_path / "numbers.txt"
