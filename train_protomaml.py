@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from common.augment import augment, draw_augmentation
-from common.checkpoint import MODEL_NAMES, TrainingRun, encoder_of, load_checkpoint
+from common.augment import EpochAugmentation
+from common.checkpoint import MODEL_NAMES, TrainingRun, encoder_of, load_checkpoint, set_learning_rate
 from common.config import LARGEST_RATE, LARGEST_SEED, UserError, require_at_least, require_at_most, require_one_of, require_positive, run_script
 from common.data import channel_statistics, load_dataset, normalize, split_classes
 from common.device import pick_device
@@ -103,15 +103,12 @@ def main(cfg):
     y_spt, y_qry = episode_labels(cfg.n_way, cfg.k_shot, device), episode_labels(cfg.n_way, cfg.n_query, device)
     local = None  # the copy that is adapted, made once and filled anew for every task
     for epoch in run.epochs():
-        lr = learning_rate(cfg, epoch)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        batches = sampler.episodes().flatten(1)  # [steps, T*N*(K+Q)]
-        boxes, flips = draw_augmentation(batches.numel(), *train.images.shape[2:], sampler.generator)
-        batches, boxes, flips = batches.to(device), boxes.view(*batches.shape, 4).to(device), flips.view(batches.shape).to(device)
+        set_learning_rate(optimizer, learning_rate(cfg, epoch))
+        batches = sampler.episodes().flatten(1).to(device)  # [steps, T*N*(K+Q)]
+        augmentation = EpochAugmentation(batches, train.images, sampler.generator)
 
         for step in run.steps(min(cfg.steps_per_epoch or len(batches), len(batches))):
-            images = normalize(augment(train.images[batches[step]], boxes[step], flips[step]), mean, std)  # [T*N*(K+Q), 3, H, W]
+            images = normalize(augmentation(step, train.images[batches[step]]), mean, std)  # [T*N*(K+Q), 3, H, W]
             losses, accuracies = [], []
             optimizer.zero_grad()
             for task in images.chunk(cfg.tasks_per_step):  # [N*(K+Q), 3, H, W]

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from common.augment import augment, draw_augmentation, draw_jitter, jitter_colors
-from common.checkpoint import TrainingRun
+from common.augment import EpochAugmentation
+from common.checkpoint import TrainingRun, set_learning_rate
 from common.config import LARGEST_RATE, LARGEST_SEED, require_at_least, require_at_most, require_positive, run_script
 from common.data import channel_statistics, load_dataset, normalize, split_classes
 from common.device import pick_device
@@ -117,19 +117,14 @@ def main(cfg):
     y_qry = episode_labels(cfg.n_way, cfg.n_query, device)  # [N*Q]
     for epoch in run.epochs():
         classify = epoch < cfg.pretrain_epochs
-        batches = random_batches(len(train.labels), cfg.batch_size, sampler.generator) if classify else sampler.episodes()  # [steps, B]
-        boxes, flips = draw_augmentation(batches.numel(), *train.images.shape[2:], sampler.generator, cfg.least_crop)
-        jitter = draw_jitter(batches.numel(), cfg.color_jitter, sampler.generator)
-        batches, boxes, flips, jitter = (draws.view(*batches.shape, *draws.shape[1:]).to(device) for draws in (batches.flatten(), boxes, flips, jitter))
+        batches = random_batches(len(train.labels), cfg.batch_size, sampler.generator) if classify else sampler.episodes()
+        batches = batches.to(device)  # [steps, B], with B = N*(K+Q) in an episode
+        augmentation = EpochAugmentation(batches, train.images, sampler.generator, cfg.least_crop, cfg.color_jitter)
 
         encoder.train()
         for step in run.steps(min(cfg.steps_per_epoch or len(batches), len(batches))):
-            lr = learning_rate(cfg, epoch + step / len(batches))
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            images = augment(train.images[batches[step]], boxes[step], flips[step])
-            if cfg.color_jitter:
-                images = jitter_colors(images, jitter[step])
+            set_learning_rate(optimizer, learning_rate(cfg, epoch + step / len(batches)))
+            images = augmentation(step, train.images[batches[step]])
             features = encoder(normalize(images, mean, std))  # [B, D]
 
             if classify:

@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)  # before the imports from there
 
-from common.augment import augment, draw_augmentation, draw_jitter
+from common.augment import EpochAugmentation
 from common.config import UserError, require_at_least, run_script
 from common.data import ImageSet, channel_statistics, load_dataset, normalize, split_classes
 from common.device import pick_device
@@ -136,15 +136,13 @@ class Episodes:
     def draw(self):
         bench, generator = self.bench, self.sampler.generator
         batches = self.sampler.episodes().flatten(1)  # [steps, B]
-        boxes, flips = draw_augmentation(batches.numel(), *bench.train.images.shape[2:], generator)
-        jitter = draw_jitter(batches.numel(), 0.0, generator)  # train_protonet.py draws it even where it is not used
-        draws = (batches.flatten(), boxes, flips, jitter)
-        self.batches, self.boxes, self.flips, _ = (each.view(*batches.shape, *each.shape[1:]).to(bench.device) for each in draws)
+        self.batches = batches.to(bench.device)
+        self.augmentation = EpochAugmentation(self.batches, bench.resident.images, generator)
 
     def images(self, step):
         """Return the images of a step, [B, 3, H, W]; after the last step of the epoch comes the first again."""
         step %= len(self.batches)
-        images = augment(self.bench.resident.images[self.batches[step]], self.boxes[step], self.flips[step])
+        images = self.augmentation(step, self.bench.resident.images[self.batches[step]])
         return normalize(images, self.bench.mean, self.bench.std)
 
 

@@ -14,6 +14,27 @@ RATIO = (0.9, 1.1)  # width of the crop over its height
 ATTEMPTS = 10  # crops drawn until one fits into the image, as in torchvision
 
 
+class EpochAugmentation:
+    """Random crops, flips and colours for all batches of an epoch, drawn at once on the CPU and used step by step.
+
+    batches: the epoch's indices [steps, B]; images [N, 3, H, W]: what they point into, on the device that is to do the
+    work. least_scale: area of the smallest crop, as a share of the image. color_jitter: see `draw_jitter`.
+    """
+
+    def __init__(self, batches, images, generator, least_scale=LEAST_SCALE, color_jitter=0.0):
+        boxes, flips = draw_augmentation(batches.numel(), *images.shape[2:], generator, least_scale)
+        # Drawn even where it is not wanted, so that the episodes of a seed do not depend on it.
+        factors = draw_jitter(batches.numel(), color_jitter, generator)
+        self.boxes = boxes.view(*batches.shape, 4).to(images.device)
+        self.flips = flips.view(batches.shape).to(images.device)
+        self.factors = factors.view(*batches.shape, 3).to(images.device) if color_jitter else None
+
+    def __call__(self, step, images):
+        """Return the images [B, 3, H, W] of a step, 0..255, augmented: float32 [B, 3, H, W] in 0..255."""
+        images = augment(images, self.boxes[step], self.flips[step])
+        return images if self.factors is None else jitter_colors(images, self.factors[step])
+
+
 def draw_augmentation(count, height, width, generator, least_scale=LEAST_SCALE):
     """Draw crop boxes and flips for `count` images of `height` x `width` pixels.
 

@@ -82,6 +82,12 @@ def encoder_of(checkpoint, path):
     return encoder.eval()
 
 
+def set_learning_rate(optimizer, lr):
+    """Set the learning rate of all parameters."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
 class TrainingRun:
     """The state of one training run, kept on disk: weights, optimizer, random numbers, curves, best epoch.
 
