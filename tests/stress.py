@@ -215,7 +215,8 @@ def kill_and_compare(job, expected, folder, kills, first_file, seed):
         output.mkdir()
         finished = False
         while not finished:
-            before = set(output.glob(".cache/*.json"))
+            # Finished results only: a file that was being written may go, its writer begins it anew.
+            before = set(output.glob(".cache/*.json")) - set(temporary_files(output))
             resumes += bool(files_of(output))
             if killed < kills:
                 finished = not run_and_kill(job, output, rng, first_file)
