@@ -91,11 +91,12 @@ def main(cfg):
 
     rows = []
     for image_set in tested:
+        classes = cfg.classes if image_set is tested[0] else "all"
         for model, (path, checkpoint) in checkpoints.items():
-            rows += test_model(cfg, model, path, checkpoint, image_set, device)
+            rows += test_model(cfg, model, path, checkpoint, image_set, classes, device)
         # Nearest class mean on the normalised pixels: what is to be had without learning.
         path, checkpoint = next(iter(checkpoints.values()))
-        rows += test_model(cfg, "pixels", path, checkpoint, image_set, device)
+        rows += test_model(cfg, "pixels", path, checkpoint, image_set, classes, device)
 
     print(text_table(rows, failures))
     write_tables(rows, failures, cfg.results_dir)
@@ -132,11 +133,12 @@ def common_split(checkpoints, data):
     return first
 
 
-def test_model(cfg, model, path, checkpoint, image_set, device):
+def test_model(cfg, model, path, checkpoint, image_set, classes, device):
     """Return one result row per k; each is kept on disk as soon as it is there, and reused by the next run."""
     identity = {
         "model": model,
         "dataset": image_set.name,
+        "classes": classes,
         "trained_on": cfg.dataset,
         "checkpoint_sha256": None if model == "pixels" else sha256(path),
         "data_sha256": image_set.digest(),

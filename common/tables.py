@@ -61,7 +61,7 @@ def _cells(rows):
     for row in rows:
         yield (
             MODEL_NAMES.get(row["model"], row["model"]),
-            row["dataset"],
+            row["dataset"] + (" (val)" if row["classes"] == "val" else ""),
             str(row["k_shot"]),
             _percent(row["accuracy"]),
             f"± {_percent(row['ci95'])}" if row["ci95"] is not None else "-",
@@ -73,8 +73,9 @@ def _cells(rows):
 
 
 def _tutorial(numbers, row):
-    # The tutorial trained on CIFAR-100; beside a model trained on anything else its numbers would say nothing.
-    known = numbers.get((row["model"], row["dataset"])) if row["trained_on"] == "cifar100" else None
+    # The tutorial trained on CIFAR-100 and did not test on validation classes; beside other rows its numbers say nothing.
+    comparable = row["trained_on"] == "cifar100" and row["classes"] != "val"
+    known = numbers.get((row["model"], row["dataset"])) if comparable else None
     return f"{known[TUTORIAL_K.index(row['k_shot'])]:.2f}" if known and row["k_shot"] in TUTORIAL_K else "-"
 
 

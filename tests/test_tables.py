@@ -15,6 +15,7 @@ def result(model="protonet", dataset="cifar100", k_shot=2, accuracy=0.44312, tra
     row = {
         "model": model,
         "dataset": dataset,
+        "classes": "test" if dataset == trained_on else "all",
         "trained_on": trained_on,
         "checkpoint_sha256": "ab" * 32,
         "data_sha256": "cd" * 32,
@@ -83,6 +84,7 @@ def test_the_tutorials_numbers_stand_beside_the_same_model_data_and_k(model, dat
         result(model="pixels"),
         result(dataset="mnist"),
         result(dataset="glyphs", trained_on="glyphs"),
+        result(classes="val"),
         # The same names, but a model that was trained on something else.
         result(dataset="svhn", trained_on="glyphs"),
         result(dataset="cifar100", trained_on="glyphs"),
