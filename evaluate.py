@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from common.checkpoint import MODEL_NAMES, encoder_of, load_checkpoint
-from common.config import UserError, require_at_least, require_one_of, require_positive, run_script
+from common.config import LARGEST_RATE, UserError, require_at_least, require_at_most, require_one_of, require_positive, run_script
 from common.data import load_dataset, normalize, split_classes
 from common.device import pick_device
 from common.encoder import encode_in_batches
@@ -29,6 +29,7 @@ from common.kshot import adapted_accuracies, nearest_prototype_accuracies, summa
 from common.samplers import FewShotBatchSampler
 from common.tables import text_table, write_tables
 
+PROTOCOL = 1  # version of the test: a change of it makes kept results useless
 DEFAULT_DOMAINS = {"cifar100": ("svhn",), "glyphs": ("glyph_digits",)}
 
 
@@ -58,6 +59,7 @@ class Config:
         require_at_least(self, 1, "k_shots", "num_inner_steps")
         require_at_least(self, 0, "max_support_sets")
         require_positive(self, "lr_inner", "lr_output")
+        require_at_most(self, LARGEST_RATE, "lr_inner", "lr_output")
         require_one_of(self, "classes", ("test", "val"))
         for name in ("num_inner_steps", "lr_inner", "lr_output"):
             found = len(getattr(self, name))
@@ -67,6 +69,8 @@ class Config:
             values = getattr(self, name)
             if len(set(values)) < len(values) or (name == "k_shots" and not values):
                 raise UserError(f"{name} is {','.join(map(str, values)) or 'empty'}; name each value once, --k_shots=2,4,8 for example")
+        if "auto" in self.domains and len(self.domains) > 1:
+            raise UserError(f"domains is {','.join(self.domains)}, but auto stands alone; name the data sets instead")
         if self.dataset in self.domains:
             raise UserError(f"{self.dataset} is the data set of the training classes and cannot be an unseen domain; take it out of --domains")
 
@@ -136,6 +140,7 @@ def common_split(checkpoints, data):
 def test_model(cfg, model, path, checkpoint, image_set, classes, device):
     """Return one result row per k; each is kept on disk as soon as it is there, and reused by the next run."""
     identity = {
+        "protocol": PROTOCOL,
         "model": model,
         "dataset": image_set.name,
         "classes": classes,

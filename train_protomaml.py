@@ -37,7 +37,7 @@ class Config:
     k_shot: int = 4  # support images per class
     n_query: int = 4  # query images per class
     tasks_per_step: int = 16  # tasks (episodes) whose gradients make up one outer step
-    val_way: int = 0  # classes per validation episode; 0: as n_way, or all validation classes if these are fewer
+    val_way: int = 0  # classes per validation episode, at most all; 0: as n_way
     # model
     proto_dim: int = 64  # numbers in a feature vector and in a prototype
     output_init: str = "prototypes"  # start of the output layer: prototypes (ProtoMAML) or zeros (MAML)
@@ -72,6 +72,8 @@ class Config:
         require_at_most(self, LARGEST_DIM, "proto_dim")
         require_one_of(self, "output_init", OUTPUT_INITS)
         require_one_of(self, "batchnorm", BATCHNORMS)
+        if self.batchnorm == "frozen" and not self.init_from:
+            raise UserError("batchnorm is frozen, which needs the statistics of a trained encoder: pass --init_from=FILE too")
 
 
 def main(cfg):
@@ -84,23 +86,24 @@ def main(cfg):
     train, val = data.of_classes(split["train"]), data.of_classes(split["val"])
     mean, std = channel_statistics(train)
 
-    val_way = cfg.val_way or min(cfg.n_way, len(val.class_names))
-    episode_of = {"include_query": True, "num_query": cfg.n_query}
-    sampler = TaskBatchSampler(train.labels, cfg.tasks_per_step, cfg.n_way, cfg.k_shot, class_names=train.class_names, seed=cfg.seed, **episode_of)
-    val_sampler = FewShotBatchSampler(val.labels, val_way, cfg.k_shot, shuffle=False, shuffle_once=True, class_names=val.class_names, seed=0, **episode_of)
+    val_way = min(cfg.val_way or cfg.n_way, len(val.class_names))
+    query_options = {"include_query": True, "num_query": cfg.n_query}
+    sampler = TaskBatchSampler(train.labels, cfg.tasks_per_step, cfg.n_way, cfg.k_shot, class_names=train.class_names, seed=cfg.seed, **query_options)
+    val_sampler = FewShotBatchSampler(val.labels, val_way, cfg.k_shot, shuffle=False, shuffle_once=True, class_names=val.class_names, seed=0, **query_options)
     val_episodes = val_sampler.episodes()[: cfg.val_episodes or None]
 
     encoder, encoder_arguments = starting_encoder(cfg, split)
     encoder = encoder.to(device).train(cfg.batchnorm == "batch")
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
-    about = {"encoder": encoder_arguments, "class_split": split, "mean": mean, "std": std, "data_digest": data.digest()}
+    checkpoint_extras = {"encoder": encoder_arguments, "class_split": split, "mean": mean, "std": std, "data_digest": data.digest()}
     model = "protomaml" if cfg.output_init == "prototypes" else "maml"
-    run = TrainingRun(cfg, model, encoder, optimizer, sampler.generator, about)
+    run = TrainingRun(cfg, model, encoder, optimizer, sampler.generator, checkpoint_extras)
 
     train, val = train.to(device), val.to(device)
     num_support = cfg.n_way * cfg.k_shot
     inner_loop = {name: getattr(cfg, name) for name in ("num_inner_steps", "lr_inner", "lr_output", "output_init", "batchnorm")}
     y_spt, y_qry = episode_labels(cfg.n_way, cfg.k_shot, device), episode_labels(cfg.n_way, cfg.n_query, device)
+    val_images, val_episodes = normalize(val.images, mean, std), val_episodes.to(device)
     local = None  # the copy that is adapted, made once and filled anew for every task
     for epoch in run.epochs():
         set_learning_rate(optimizer, learning_rate(cfg, epoch))
@@ -125,10 +128,11 @@ def main(cfg):
             optimizer.step()  # the gradients of the tasks are summed
             run.track(torch.stack(losses).mean(), torch.stack(accuracies).mean())
 
-        run.end_epoch(learning_rate(cfg, epoch), *validate(encoder, local, normalize(val.images, mean, std), val_episodes.to(device), val_way, cfg, inner_loop))
+        val_loss, val_accuracy = validate(encoder, local, val_images, val_episodes, val_way, cfg, inner_loop)
+        run.end_epoch(learning_rate(cfg, epoch), val_loss, val_accuracy)
 
     plot_training_curves(run.history, MODEL_NAMES[model], cfg.dataset, os.path.join(run.folder, f"{model}_curves"))
-    print(f"best epoch {run.best['epoch']}, validation accuracy {run.best['val_accuracy']:.2%}: {run.best_path}")
+    print(f"best epoch {run.best['epoch']}, {val_way}-way validation accuracy {run.best['val_accuracy']:.2%}: {run.best_path}")
     print(f"next: python evaluate.py --dataset={cfg.dataset}")
 
 
@@ -143,12 +147,14 @@ def starting_encoder(cfg, split):
     checkpoint = load_checkpoint(cfg.init_from)
     if checkpoint["class_split"] not in ({}, split):
         raise UserError(f"{cfg.init_from} was trained on other classes than this run; start from a checkpoint of the same data set")
+    if checkpoint["encoder"].get("proto_dim") != cfg.proto_dim:
+        raise UserError(f"{cfg.init_from} has features of {checkpoint['encoder'].get('proto_dim')} numbers, proto_dim is {cfg.proto_dim}; pass --proto_dim={checkpoint['encoder'].get('proto_dim')}")
     return encoder_of(checkpoint, cfg.init_from), checkpoint["encoder"]
 
 
 def learning_rate(cfg, epoch):
     """Return the learning rate of an epoch (counted from 0)."""
-    return cfg.lr * 0.1 ** sum(epoch >= round(share * cfg.epochs) for share in cfg.lr_drops)
+    return cfg.lr * 0.1 ** sum(epoch / cfg.epochs >= share for share in cfg.lr_drops)
 
 
 def validate(encoder, local, images, episodes, n_way, cfg, inner_loop):
@@ -157,7 +163,7 @@ def validate(encoder, local, images, episodes, n_way, cfg, inner_loop):
     losses, accuracies = [], []
     for episode in episodes:
         x_spt, x_qry = images[episode[: n_way * cfg.k_shot]], images[episode[n_way * cfg.k_shot :]]
-        local, weight, bias = adapt(encoder, x_spt, y_spt, n_way, local=local, **inner_loop)
+        local, weight, bias = adapt(encoder, x_spt, y_spt, n_way, local=local, attached=False, **inner_loop)
         with torch.no_grad():
             logits = F.linear(local(x_qry), weight, bias)
             losses.append(F.cross_entropy(logits, y_qry))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from common.augment import EpochAugmentation
 from common.checkpoint import TrainingRun, set_learning_rate
-from common.config import LARGEST_RATE, LARGEST_SEED, require_at_least, require_at_most, require_positive, run_script
+from common.config import LARGEST_RATE, LARGEST_SEED, UserError, require_at_least, require_at_most, require_positive, run_script
 from common.data import channel_statistics, load_dataset, normalize, split_classes
 from common.device import pick_device
 from common.encoder import LARGEST_DIM, encode_in_batches, make_encoder
@@ -29,7 +29,7 @@ from common.samplers import FewShotBatchSampler, episode_labels
 @dataclass
 class Config:
     # recipe
-    recipe: str = "tutorial"  # values for the options below: tutorial (the defaults) or best (RECIPES); single options go before
+    recipe: str = "tutorial"  # values for the options below: tutorial (the defaults) or best (RECIPES); single options win
     # data
     dataset: str = "cifar100"  # data set to train on: cifar100, glyphs, or a file or folder of yours in data_dir
     data_dir: str = os.environ.get("PATH_DATASETS", "data")  # folder of the data sets
@@ -42,7 +42,7 @@ class Config:
     n_way: int = 5  # classes per training episode
     k_shot: int = 4  # support images per class
     n_query: int = 4  # query images per class
-    val_way: int = 0  # classes per validation episode; 0: as n_way, or all validation classes if these are fewer
+    val_way: int = 0  # classes per validation episode, at most all; 0: as n_way
     # model
     proto_dim: int = 64  # numbers in a feature vector and in a prototype
     unit_features: bool = False  # give every feature vector the same, learned length: cosine similarity with a temperature
@@ -54,7 +54,7 @@ class Config:
     lr: float = 2e-4  # learning rate of AdamW in the episodes
     lr_drops: tuple[float, ...] = (0.7, 0.9)  # the learning rate is divided by 10 after these shares of the episodes' epochs
     weight_decay: float = 0.01  # of AdamW
-    steps_per_epoch: int = 0  # steps per epoch; 0: as many as the images give
+    steps_per_epoch: int = 0  # steps per epoch at most; 0: as many as the images give
     # run
     seed: int = 42  # of weights, episodes and augmentation; validation episodes are the same for every seed
     device: str = "auto"  # auto, cuda, mps or cpu
@@ -71,6 +71,10 @@ class Config:
         require_at_most(self, LARGEST_SEED, "seed")
         require_at_most(self, LARGEST_DIM, "proto_dim")
         require_positive(self, "lr", "lr_drops", "pretrain_lr", "least_crop")
+        if self.pretrain_epochs:
+            require_at_least(self, 2, "batch_size")  # BatchNorm needs two
+        if self.pretrain_epochs > self.epochs:
+            raise UserError(f"pretrain_epochs is {self.pretrain_epochs}, but there are only {self.epochs} epochs in all; pass --pretrain_epochs={self.epochs} at most")
 
 
 RECIPES = {
@@ -98,23 +102,25 @@ def main(cfg):
     train, val = data.of_classes(split["train"]), data.of_classes(split["val"])
     mean, std = channel_statistics(train)
 
-    val_way = cfg.val_way or min(cfg.n_way, len(val.class_names))
-    episode_of = {"include_query": True, "num_query": cfg.n_query}
-    sampler = FewShotBatchSampler(train.labels, cfg.n_way, cfg.k_shot, class_names=train.class_names, seed=cfg.seed, **episode_of)
-    val_sampler = FewShotBatchSampler(val.labels, val_way, cfg.k_shot, shuffle=False, shuffle_once=True, class_names=val.class_names, seed=0, **episode_of)
+    val_way = min(cfg.val_way or cfg.n_way, len(val.class_names))
+    query_options = {"include_query": True, "num_query": cfg.n_query}
+    sampler = FewShotBatchSampler(train.labels, cfg.n_way, cfg.k_shot, class_names=train.class_names, seed=cfg.seed, **query_options)
+    val_sampler = FewShotBatchSampler(val.labels, val_way, cfg.k_shot, shuffle=False, shuffle_once=True, class_names=val.class_names, seed=0, **query_options)
 
     encoder_arguments = {"proto_dim": cfg.proto_dim, "unit_features": cfg.unit_features}
     encoder = make_encoder(**encoder_arguments).to(device)
     # Prototypes of all training classes, learned like weights: for the classification before the episodes.
-    class_prototypes = torch.nn.Embedding(len(train.class_names), cfg.proto_dim).to(device)
+    class_prototypes = torch.nn.Embedding(len(train.class_names) if cfg.pretrain_epochs else 0, cfg.proto_dim)
     torch.nn.init.normal_(class_prototypes.weight, std=0.1)
+    class_prototypes.to(device)
     optimizer = torch.optim.AdamW([*encoder.parameters(), *class_prototypes.parameters()], lr=cfg.lr, weight_decay=cfg.weight_decay)
-    about = {"encoder": encoder_arguments, "class_split": split, "mean": mean, "std": std, "data_digest": data.digest()}
-    run = TrainingRun(cfg, "protonet", encoder, optimizer, sampler.generator, about, aside=class_prototypes)
+    checkpoint_extras = {"encoder": encoder_arguments, "class_split": split, "mean": mean, "std": std, "data_digest": data.digest()}
+    run = TrainingRun(cfg, "protonet", encoder, optimizer, sampler.generator, checkpoint_extras, extra_module=class_prototypes)
 
     train, val = train.to(device), val.to(device)
     num_support = cfg.n_way * cfg.k_shot
     y_qry = episode_labels(cfg.n_way, cfg.n_query, device)  # [N*Q]
+    val_images, val_episodes = normalize(val.images, mean, std), val_sampler.episodes().to(device)
     for epoch in run.epochs():
         classify = epoch < cfg.pretrain_epochs
         batches = random_batches(len(train.labels), cfg.batch_size, sampler.generator) if classify else sampler.episodes()
@@ -122,8 +128,9 @@ def main(cfg):
         augmentation = EpochAugmentation(batches, train.images, sampler.generator, cfg.least_crop, cfg.color_jitter)
 
         encoder.train()
-        for step in run.steps(min(cfg.steps_per_epoch or len(batches), len(batches))):
-            set_learning_rate(optimizer, learning_rate(cfg, epoch + step / len(batches)))
+        num_steps = min(cfg.steps_per_epoch or len(batches), len(batches))
+        for step in run.steps(num_steps):
+            set_learning_rate(optimizer, learning_rate(cfg, epoch + step / num_steps))
             images = augmentation(step, train.images[batches[step]])
             features = encoder(normalize(images, mean, std))  # [B, D]
 
@@ -141,10 +148,11 @@ def main(cfg):
             optimizer.step()
             run.track(loss, (logits.argmax(dim=1) == labels).float().mean())
 
-        run.end_epoch(learning_rate(cfg, epoch), *validate(encoder, normalize(val.images, mean, std), val_sampler.episodes(), val_way, cfg))
+        val_loss, val_accuracy = validate(encoder, val_images, val_episodes, val_way, cfg)
+        run.end_epoch(learning_rate(cfg, epoch), val_loss, val_accuracy)
 
     plot_training_curves(run.history, "ProtoNet", cfg.dataset, os.path.join(run.folder, "protonet_curves"))
-    print(f"best epoch {run.best['epoch']}, validation accuracy {run.best['val_accuracy']:.2%}: {run.best_path}")
+    print(f"best epoch {run.best['epoch']}, {val_way}-way validation accuracy {run.best['val_accuracy']:.2%}: {run.best_path}")
     print(f"next: python evaluate.py --dataset={cfg.dataset}")
 
 
@@ -170,7 +178,7 @@ def validate(encoder, images, episodes, n_way, cfg):
     features = encode_in_batches(encoder, images)
     y_qry = episode_labels(n_way, cfg.n_query, images.device)
     losses, accuracies = [], []
-    for episode in features[episodes.to(images.device)]:  # [N*(K+Q), D]
+    for episode in features[episodes]:  # [N*(K+Q), D]
         x_spt, x_qry = episode[: n_way * cfg.k_shot], episode[n_way * cfg.k_shot :]
         logits = distance_logits(x_qry, make_prototypes(x_spt, n_way))
         losses.append(F.cross_entropy(logits, y_qry))

@@ -94,16 +94,16 @@ class TrainingRun:
     cfg: the script's Config (dataset, checkpoint_dir, epochs, resume and overwrite are read here).
     model: "protonet", "protomaml" or "maml". encoder, optimizer: trained in place by the script.
     generator: where episodes and augmentation are drawn from; put back to the epoch's start when a run goes on inside one.
-    about: what the checkpoints carry besides: encoder arguments, class split, mean, std, data digest.
-    aside: a module that is trained with the encoder and of no use after; only `last` carries it.
+    extras: what the checkpoints carry besides: encoder arguments, class split, mean, std, data digest.
+    extra_module: a module that is trained with the encoder and of no use after; only `last` carries it.
 
     Raises UserError where an unfinished run is found and neither resume nor overwrite is given, or where a run cannot
     be resumed as asked.
     """
 
-    def __init__(self, cfg, model, encoder, optimizer, generator, about, aside=None):
-        self.aside = aside
-        self.cfg, self.model, self.encoder, self.optimizer, self.generator, self.about = cfg, model, encoder, optimizer, generator, about
+    def __init__(self, cfg, model, encoder, optimizer, generator, extras, extra_module=None):
+        self.cfg, self.model, self.encoder, self.optimizer, self.generator = cfg, model, encoder, optimizer, generator
+        self.extras, self.extra_module = extras, extra_module
         self.folder = os.path.join(cfg.checkpoint_dir, cfg.dataset)
         self.best_path = os.path.join(self.folder, f"{model}.pt")
         self.last_path = os.path.join(self.folder, f"{model}_last.pt")
@@ -186,19 +186,17 @@ class TrainingRun:
         last = None
         if os.path.exists(self.last_path) and not self.cfg.overwrite:
             last = load_checkpoint(self.last_path)
-            missing = {"optimizer", "generator", "torch_rng", "step", "sums", "history", "best_epoch"} - set(last)
-            if missing:
-                raise UserError(f"{self.last_path} is damaged: it has no {sorted(missing)[0]!r}; discard it with --overwrite=true")
+            _check_last(last, self.last_path)
+        if self.cfg.resume and self.cfg.overwrite:
+            raise UserError("resume continues a run and overwrite discards it: pass one of the two")
         if self.cfg.resume:
             if last is None:
-                raise UserError(f"there is nothing to resume: found no {self.last_path}; start without --resume=true (and without --overwrite=true)")
+                raise UserError(f"there is nothing to resume: found no {self.last_path}; start without --resume=true")
             self._resume(last)
             return
-        if last is not None and last["epoch"] < last["config"].get("epochs", 0):
-            raise UserError(
-                f"{self.last_path} holds an unfinished run (epoch {last['epoch']} of {last['config']['epochs']} done, step {last['step']}); "
-                f"add --resume=true to continue it or --overwrite=true to discard it"
-            )
+        if last is not None and last["epoch"] < max(last["config"]["epochs"], self.cfg.epochs):
+            state = f"{last['epoch']} of {last['config']['epochs']} epochs done, {last['step']} steps of the next"
+            raise UserError(f"{self.last_path} holds a run that can go on ({state}); add --resume=true to continue it or --overwrite=true to discard it")
         if os.path.exists(self.best_path):
             earlier = os.path.join(self.folder, f"{self.model}_previous.pt")
             with atomic_file(earlier) as temporary:
@@ -214,21 +212,27 @@ class TrainingRun:
             if name != "epochs" and (old := last["config"].get(name)) != new
         ]
         for name, words in (("data_digest", "the images of the data set"), ("class_split", "the class split"), ("encoder", "the encoder")):
-            if last.get(name) != self.about[name]:
+            if last.get(name) != self.extras[name]:
                 differences.append(f"{words} changed")
         if differences:
             raise UserError(f"cannot resume {self.last_path}: {'; '.join(differences)}; put that back or discard the run with --overwrite=true")
         if last["epoch"] > self.cfg.epochs:
             raise UserError(f"cannot resume {self.last_path}: {last['epoch']} epochs are done, --epochs={self.cfg.epochs} asks for fewer; pass at least --epochs={last['epoch']}")
+        try:
+            self._restore(last)
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            raise UserError(f"{self.last_path} is damaged ({_first_line(error)}); discard it with --overwrite=true") from error
+        print(f"resumed {self.last_path}: {self.epoch} of {self.cfg.epochs} epochs done, step {self.step} of the next")
+
+    def _restore(self, last):
         self.encoder.load_state_dict(last["state_dict"])
-        if self.aside:
-            self.aside.load_state_dict(last["aside"])
+        if self.extra_module:
+            self.extra_module.load_state_dict(last["extra_module"])
         self.optimizer.load_state_dict(last["optimizer"])
         self.generator.set_state(last["generator"])
         torch.set_rng_state(last["torch_rng"])
         self.epoch, self.step, self.sums, self.history = last["epoch"], last["step"], last["sums"], last["history"]
         self.best = self.history[last["best_epoch"] - 1] if last["best_epoch"] else None
-        print(f"resumed {self.last_path}: {self.epoch} of {self.cfg.epochs} epochs done, step {self.step} of the next")
 
     def _config(self):
         values = {name: value for name, value in dataclasses.asdict(self.cfg).items() if name not in NOT_KEPT}
@@ -243,8 +247,9 @@ class TrainingRun:
             "config": self._config(),
             "epoch": self.epoch,
             "val_accuracy": row["val_accuracy"] if row else None,
-            "state_dict": self.encoder.state_dict(),
-            **self.about,
+            # On the CPU, so that torch.load reads the file where there is no GPU.
+            "state_dict": {name: tensor.cpu() for name, tensor in self.encoder.state_dict().items()},
+            **self.extras,
         }
 
     def _save_last(self):
@@ -256,7 +261,7 @@ class TrainingRun:
             self.last_path,
             {
                 **self._contents(self.best),
-                "aside": self.aside.state_dict() if self.aside else None,
+                "extra_module": self.extra_module.state_dict() if self.extra_module else {},
                 "optimizer": self.optimizer.state_dict(),
                 "generator": self.epoch_start,
                 "torch_rng": torch.get_rng_state(),
@@ -342,6 +347,17 @@ def _check_contents(contents, path):
         raise UserError(f"{path} is damaged: its {wrong[0]!r} cannot be used; pass another file or train again")
     if contents["model"] not in MODEL_NAMES:
         raise UserError(f"{path} holds a model {contents['model'][:60]!r}, but one of {', '.join(MODEL_NAMES)} is needed; pass another file")
+
+
+def _check_last(last, path):
+    """Raise UserError unless a loaded `last` has what a resumed run reads, each of the right kind."""
+    kinds = {"optimizer": dict, "extra_module": dict, "generator": torch.Tensor, "torch_rng": torch.Tensor, "sums": torch.Tensor, "step": int, "history": list, "best_epoch": int}
+    wrong = [name for name, kind in kinds.items() if not isinstance(last.get(name), kind)]
+    wrong += ["epochs"] if not isinstance(last["config"].get("epochs"), int) else []
+    wrong += ["sums"] if not wrong and last["sums"].shape != (3,) else []
+    wrong += ["history"] if not wrong and (len(last["history"]) != last["epoch"] or not 0 <= last["best_epoch"] <= last["epoch"]) else []
+    if wrong:
+        raise UserError(f"{path} is damaged: its {wrong[0]!r} cannot be used; discard it with --overwrite=true")
 
 
 def _is_numbers(values, count):

@@ -24,5 +24,5 @@ def pick_device(name):
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True  # shapes never change within a run
+        torch.backends.cudnn.benchmark = True  # few shapes, and each comes many times
     return device

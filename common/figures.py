@@ -37,7 +37,7 @@ def plot_training_curves(history, model_name, dataset, path):
     """Draw loss and accuracy over the epochs, training and validation; history: one dict per epoch."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
     epochs = [row["epoch"] for row in history]
-    for axis, quantity, scale, label in ((axes[0], "loss", 1, "Cross-entropy of the queries"), (axes[1], "accuracy", 100, "Accuracy on the queries in %")):
+    for axis, quantity, scale, label in ((axes[0], "loss", 1, "Cross-entropy"), (axes[1], "accuracy", 100, "Accuracy in %")):
         for part, color, name in (("train", TRAIN, "training classes"), ("val", VALIDATION, "validation classes")):
             axis.plot(epochs, [scale * row[f"{part}_{quantity}"] for row in history], color=color, label=name, marker="." if len(epochs) < 40 else None)
         axis.set_xlabel("Epoch")

@@ -43,7 +43,7 @@ def write_text(path, text):
 def sha256(path):
     """Return the SHA-256 of a file's bytes in hexadecimal. Raises OSError where it cannot be read."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 def _remove_left_behind(folder, stem, suffix):

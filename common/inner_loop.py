@@ -78,16 +78,22 @@ def base_features(encoder, local, x_spt, batchnorm):
 @torch.no_grad()
 def copy_weights(source, target):
     """Copy parameters and buffers of `source` into `target`, a deep copy of it made earlier, and return `target`."""
-    torch._foreach_copy_(_tensors(target), _tensors(source))
+    torch._foreach_copy_(list(target.parameters()), list(source.parameters()))
+    for floating in (True, False):  # running statistics, counters: one type in a list makes one fast call
+        torch._foreach_copy_(_buffers(target, floating), _buffers(source, floating))
     return target
 
 
 @torch.no_grad()
 def hand_over_gradients(local, encoder):
     """Add the gradients of the adapted copy to those of the encoder (first order: d theta' / d theta = 1) and clear them."""
-    for p_local, p_base in zip(local.parameters(), encoder.parameters()):
-        p_base.grad = p_local.grad if p_base.grad is None else p_base.grad.add_(p_local.grad)
-        p_local.grad = None
+    pairs = list(zip(encoder.parameters(), local.parameters()))
+    for base, copy in pairs:
+        if base.grad is None:  # MAML's first task: no gradient came through prototypes
+            base.grad = torch.zeros_like(base)
+    torch._foreach_add_([base.grad for base, _ in pairs], [copy.grad for _, copy in pairs])
+    for _, copy in pairs:
+        copy.grad = None
 
 
 @torch.no_grad()
@@ -96,10 +102,8 @@ def follow_statistics(encoder, local, num_tasks):
 
     Adaptation leaves them alone, so the outer loop has to carry them along: a test starts from them.
     """
-    for base, adapted in zip(encoder.buffers(), local.buffers()):
-        if base.is_floating_point():
-            base.lerp_(adapted, 1 / num_tasks)
+    torch._foreach_lerp_(_buffers(encoder), _buffers(local), 1 / num_tasks)
 
 
-def _tensors(module):
-    return [*module.parameters(), *module.buffers()]
+def _buffers(module, floating=True):
+    return [buffer for buffer in module.buffers() if buffer.is_floating_point() == floating]

@@ -42,6 +42,8 @@ def nearest_prototype_accuracies(features, labels, sets, n_way, progress=iter):
 
     progress wraps the support sets, to show how far it is.
     """
+    if features.device.type != "mps":  # which has no float64
+        features = features.double()  # 2 v.f - |v|^2 is a difference of large numbers; TF32 would be felt
     accuracies = []
     for support in progress(sets):
         support = support.to(features.device)
@@ -54,7 +56,8 @@ def adapted_accuracies(encoder, images, labels, sets, n_way, inner_loop, progres
     """Return the accuracy of each support set, float64 [S], of a copy of the encoder adapted to that support set.
 
     images [N, 3, H, W], normalised; inner_loop: the keyword arguments of `adapt` (num_inner_steps, lr_inner, ...).
-    progress wraps the support sets, to show how far it is. The queries see the copy in eval mode.
+    progress wraps the support sets, to show how far it is. The queries see the copy in eval mode. Raises UserError where
+    an adaptation diverges.
     """
     accuracies, local = [], None
     for support in progress(sets):
@@ -64,6 +67,8 @@ def adapted_accuracies(encoder, images, labels, sets, n_way, inner_loop, progres
         local.eval()
         with torch.no_grad():
             logits = torch.cat([F.linear(local(batch), weight, bias) for batch in images.split(batch_size)])
+        if not logits.isfinite().all():
+            raise UserError(f"the adaptation to a support set of {len(support)} images diverged; pass a smaller --lr_inner or fewer --num_inner_steps")
         accuracies.append(_share_correct(logits, labels, support))
     return torch.tensor(accuracies, dtype=torch.float64)
 

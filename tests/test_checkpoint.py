@@ -282,7 +282,7 @@ def contents_of(folder):
 
 def test_an_unfinished_run_is_neither_continued_nor_discarded_unasked(unfinished, glyph_dir):
     before = contents_of(unfinished)
-    with pytest.raises(UserError, match=r"epoch 1 of 3 done, step 2.*--resume=true.*--overwrite=true"):
+    with pytest.raises(UserError, match=r"1 of 3 epochs done, 2 steps.*--resume=true.*--overwrite=true"):
         train("protonet", glyph_dir, unfinished)
     assert contents_of(unfinished) == before
 
