@@ -79,7 +79,8 @@ class Config:
 
 RECIPES = {
     "tutorial": {},
-    # Classify all training classes at once, with strong augmentation; no episode seen. See docs/experiments.md.
+    # Classify all training classes at once, with strong augmentation; no episode is seen. For CIFAR-100; see
+    # docs/experiments.md.
     "best": {
         "epochs": 30,
         "pretrain_epochs": 30,
