@@ -2,12 +2,16 @@
 
     python train_protomaml.py                              the tutorial's recipe on CIFAR-100
     python train_protomaml.py --output_init=zeros          MAML: the output layer starts from zeros, not from prototypes
-    python train_protomaml.py --dataset=glyphs --epochs=5  on the built-in data set
+    python train_protomaml.py --recipe=best                from the trained ProtoNet, BatchNorm frozen
+    python train_protomaml.py --dataset=glyphs --init_from=checkpoints/glyphs/protonet.pt --epochs=1 --lr=3e-4
     python train_protomaml.py --resume=true                go on after a stop
     python evaluate.py                                     then: the k-shot test
 
 Writes checkpoints/<dataset>/protomaml.pt (best epoch), protomaml_last.pt (to resume), protomaml.csv,
 protomaml_curves.png; with --output_init=zeros the same files under the name maml.
+
+An outer step of 16 tasks takes @@MAMLSTEP@@ on 2 CPU cores. On CIFAR-100 the tutorial's recipe reaches @@MAMLACC@@ 5-way
+validation accuracy after 201 steps; the line for glyphs reaches 98.7 % in 95 s.
 """
 
 import os

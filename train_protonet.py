@@ -1,11 +1,15 @@
 """Train a Prototypical Network (Snell et al. 2017): an image belongs to the class with the nearest mean feature.
 
-    python train_protonet.py                              the tutorial's recipe on CIFAR-100
-    python train_protonet.py --dataset=glyphs --epochs=5  on the built-in data set
-    python train_protonet.py --resume=true                go on after a stop
-    python evaluate.py                                    then: the k-shot test
+    python train_protonet.py                                      the tutorial's recipe on CIFAR-100
+    python train_protonet.py --recipe=best                        a better one: classify all training classes at once
+    python train_protonet.py --dataset=glyphs --epochs=8 --lr=1e-3  the built-in data set
+    python train_protonet.py --resume=true                        go on after a stop
+    python evaluate.py                                            then: the k-shot test
 
 Writes checkpoints/<dataset>/protonet.pt (best epoch), protonet_last.pt (to resume), protonet.csv, protonet_curves.png.
+
+An epoch of episodes takes @@NETEPOCH@@ on 2 CPU cores. On CIFAR-100 the first one reaches @@NETACC@@ 5-way validation
+accuracy, and `best` after 30 epochs 63 % 10-way; glyphs after 8 epochs 98 % 5-way.
 """
 
 import math
