@@ -1,12 +1,15 @@
 """Test trained models: accuracy on new classes after seeing k images of each; tables and figures.
 
     python evaluate.py                                          the checkpoints in checkpoints/cifar100, and SVHN as unseen domain
-    python evaluate.py --dataset=glyphs                         the built-in data set, nothing to download
+    python evaluate.py --dataset=glyphs --num_inner_steps=30 --max_support_sets=4   the built-in data set, nothing to download
     python evaluate.py --protonet=FILE --domains=mnist          one checkpoint of yours, or of the tutorial's author
     python evaluate.py --max_support_sets=10                    fewer adaptations of ProtoMAML and MAML, for a slow machine
 
 Writes accuracy.json, .csv and .md and the figures into results/. What is already there for the same checkpoint, data
 and settings is not computed again.
+
+On 2 CPU cores a ProtoNet's complete test on CIFAR-100 and one domain takes 20 s. An adaptation of 200 steps takes about
+50 s at k = 32, so test ProtoMAML there on some support sets: the glyphs line of the README takes 3 minutes.
 """
 
 import hashlib

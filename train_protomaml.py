@@ -10,7 +10,7 @@
 Writes checkpoints/<dataset>/protomaml.pt (best epoch), protomaml_last.pt (to resume), protomaml.csv,
 protomaml_curves.png; with --output_init=zeros the same files under the name maml.
 
-An outer step of 16 tasks takes @@MAMLSTEP@@ on 2 CPU cores. On CIFAR-100 the tutorial's recipe reaches @@MAMLACC@@ 5-way
+An outer step of 16 tasks takes 1.1 s on 2 CPU cores. On CIFAR-100 the tutorial's recipe reaches 47 % 5-way
 validation accuracy after 201 steps; the line for glyphs reaches 98.7 % in 95 s.
 """
 

@@ -8,7 +8,7 @@
 
 Writes checkpoints/<dataset>/protonet.pt (best epoch), protonet_last.pt (to resume), protonet.csv, protonet_curves.png.
 
-An epoch of episodes takes @@NETEPOCH@@ on 2 CPU cores. On CIFAR-100 the first one reaches @@NETACC@@ 5-way validation
+An epoch of episodes takes 57 s with its validation on 2 CPU cores. On CIFAR-100 the first one reaches 42 % 5-way validation
 accuracy, and `best` after 30 epochs 63 % 10-way; glyphs after 8 epochs 98 % 5-way.
 """
 
