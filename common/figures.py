@@ -42,7 +42,8 @@ def plot_training_curves(history, model_name, dataset, path):
             axis.plot(epochs, [scale * row[f"{part}_{quantity}"] for row in history], color=color, label=name, marker="." if len(epochs) < 40 else None)
         axis.set_xlabel("Epoch")
         axis.set_ylabel(label)
-        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        axis.set_xlim(0.5, epochs[-1] + 0.5)  # a single epoch has no range of its own
+        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3)
     best = max(history, key=lambda row: row["val_accuracy"])
     axes[1].axvline(best["epoch"], color="#666666", linestyle=":", label=f"best epoch: {best['epoch']}")
