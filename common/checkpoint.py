@@ -77,7 +77,7 @@ def encoder_of(checkpoint, path):
         encoder.load_state_dict(checkpoint["state_dict"])
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
         raise UserError(f"{path}: the weights do not fit the encoder that it names ({_first_line(error)}); pass a checkpoint of this project or of the tutorial") from error
-    if not all(torch.isfinite(tensor).all() for tensor in encoder.state_dict().values()):
+    if not _is_finite(encoder):
         raise UserError(f"{path}: the weights hold NaN or infinity; train again or pass another file")
     return encoder.eval()
 
@@ -255,7 +255,7 @@ class TrainingRun:
     def _save_last(self):
         # Both raise before a spoilt state replaces a good one.
         self._means()
-        if not torch.stack([tensor.isfinite().all() for tensor in self.encoder.state_dict().values()]).all():
+        if not _is_finite(self.encoder):
             raise UserError(f"the weights became NaN or infinite in epoch {self.epoch + 1}, by step {self.step}; {self._advice()}")
         save_checkpoint(
             self.last_path,
@@ -299,6 +299,11 @@ class TrainingRun:
             command = re.sub(r" --(resume|overwrite)[ =]\w+", "", shlex.join(sys.argv))
             print(f"saved {self.last_path}; go on with: python {command} --resume=true", flush=True)
             raise SystemExit(128 + self.signal)
+
+
+def _is_finite(encoder):
+    # One look at the device for all tensors together.
+    return torch.stack([tensor.isfinite().all() for tensor in encoder.state_dict().values()]).all().item()
 
 
 def _first_line(error):

@@ -2,6 +2,7 @@
 
 glyph_dir   path of a folder with `glyphs.npz` (20 classes of 24 images) and `glyph_digits.npz` (10 classes of 24 images):
             usable as --data_dir. Made once per session and read by all: copy it before changing anything in it.
+one_thread  the tests of a module compute in one thread, so that sums have the same order as in the processes they start.
 no_network  no host name resolves within the test, so whatever tries to download fails at once.
 """
 
@@ -37,6 +38,14 @@ def glyph_dir(tmp_path_factory):
     images, labels, class_names = draw_glyph_digits(images_per_class=IMAGES_PER_CLASS)
     np.savez(folder / "glyph_digits.npz", images=images, labels=labels, class_names=np.array(class_names))
     return folder
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

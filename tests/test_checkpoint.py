@@ -23,6 +23,8 @@ from common.config import UserError, parse_config
 from common.data import CIFAR100_MEAN, load_dataset, split_classes
 from common.encoder import make_encoder
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(train_protonet.__file__).parent
 TRAINERS = {"protonet": train_protonet, "protomaml": train_protomaml}
 # ProtoNet with an epoch of classification first, so that its further weights are resumed as well.
@@ -36,15 +38,6 @@ STEPS_PER_EPOCH = {"protonet": 5, "protomaml": 4}
 
 class Crash(Exception):
     """Stands for a process that ends here: nothing in the scripts catches it."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    # Sums in the same order here and in the processes that the tests start.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -21,19 +21,12 @@ import train_protonet
 from common.config import parse_config
 from common.data import load_dataset
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(evaluate.__file__).parent
 SMALL_EPISODES = ["--n_way=2", "--k_shot=2", "--n_query=2", "--epochs=2", "--steps_per_epoch=4", "--device=cpu"]
 SMALL_TASKS = ["--tasks_per_step=2", "--val_episodes=3"]
 SMALL_TEST = ["--dataset=glyphs", "--k_shots=2,5", "--num_inner_steps=3", "--max_support_sets=3", "--device=cpu"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    # Sums in the same order here and in the processes that the tests start.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run_script(script, *arguments):
