@@ -15,17 +15,19 @@ accuracy, and `best` after 30 epochs 63 % 10-way; glyphs after 8 epochs 98 % 5-w
 import math
 import os
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from common.augment import EpochAugmentation
-from common.checkpoint import TrainingRun, set_learning_rate
+from common.augment import EpochAugmentation, augment
+from common.checkpoint import TrainingRun
 from common.config import LARGEST_RATE, LARGEST_SEED, UserError, require_at_least, require_at_most, require_positive, run_script
 from common.data import channel_statistics, load_dataset, normalize, split_classes
 from common.device import pick_device
 from common.encoder import LARGEST_DIM, encode_in_batches, make_encoder
 from common.figures import plot_training_curves
+from common.launch import Captured, make_optimizer, set_learning_rate
 from common.prototypes import distance_logits, make_prototypes
 from common.samplers import FewShotBatchSampler, episode_labels
 
@@ -118,7 +120,7 @@ def main(cfg):
     class_prototypes = torch.nn.Embedding(len(train.class_names) if cfg.pretrain_epochs else 0, cfg.proto_dim)
     torch.nn.init.normal_(class_prototypes.weight, std=0.1)
     class_prototypes.to(device)
-    optimizer = torch.optim.AdamW([*encoder.parameters(), *class_prototypes.parameters()], lr=cfg.lr, weight_decay=cfg.weight_decay)
+    optimizer = make_optimizer([*encoder.parameters(), *class_prototypes.parameters()], cfg.lr, cfg.weight_decay, device)
     checkpoint_extras = {"encoder": encoder_arguments, "class_split": split, "mean": mean, "std": std, "data_digest": data.digest()}
     run = TrainingRun(cfg, "protonet", encoder, optimizer, sampler.generator, checkpoint_extras, extra_module=class_prototypes)
 
@@ -126,6 +128,26 @@ def main(cfg):
     num_support = cfg.n_way * cfg.k_shot
     y_qry = episode_labels(cfg.n_way, cfg.n_query, device)  # [N*Q]
     val_images, val_episodes = normalize(val.images, mean, std), val_sampler.episodes().to(device)
+
+    def train_step(classify, batch, *crops):
+        """One step on the images number `batch` [B], all on the device; returns its loss and its accuracy."""
+        images = augment(train.images[batch], *crops)  # [B, 3, H, W]
+        features = encoder(normalize(images, mean, std))  # [B, D]
+        if classify:
+            logits, labels = distance_logits(features, class_prototypes.weight), train.labels[batch]  # [B, C], [B]
+            loss = F.cross_entropy(logits, labels, label_smoothing=cfg.label_smoothing)
+        else:
+            # Support and query went through the encoder together: BatchNorm saw both.
+            x_spt, x_qry = features[:num_support], features[num_support:]  # [N*K, D], [N*Q, D]
+            logits, labels = distance_logits(x_qry, make_prototypes(x_spt, cfg.n_way)), y_qry  # [N*Q, N]
+            loss = F.cross_entropy(logits, labels)
+
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach(), (logits.argmax(dim=1) == labels).float().mean()
+
+    steps = {classify: Captured(partial(train_step, classify), device) for classify in (True, False)}  # on CUDA one graph each
     for epoch in run.epochs():
         classify = epoch < cfg.pretrain_epochs
         batches = random_batches(len(train.labels), cfg.batch_size, sampler.generator) if classify else sampler.episodes()
@@ -136,22 +158,7 @@ def main(cfg):
         num_steps = min(cfg.steps_per_epoch or len(batches), len(batches))
         for step in run.steps(num_steps):
             set_learning_rate(optimizer, learning_rate(cfg, epoch + step / num_steps))
-            images = augmentation(step, train.images[batches[step]])
-            features = encoder(normalize(images, mean, std))  # [B, D]
-
-            if classify:
-                logits, labels = distance_logits(features, class_prototypes.weight), train.labels[batches[step]]  # [B, C], [B]
-                loss = F.cross_entropy(logits, labels, label_smoothing=cfg.label_smoothing)
-            else:
-                # Support and query went through the encoder together: BatchNorm saw both.
-                x_spt, x_qry = features[:num_support], features[num_support:]  # [N*K, D], [N*Q, D]
-                logits, labels = distance_logits(x_qry, make_prototypes(x_spt, cfg.n_way)), y_qry  # [N*Q, N]
-                loss = F.cross_entropy(logits, labels)
-
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            run.track(loss, (logits.argmax(dim=1) == labels).float().mean())
+            run.track(*steps[classify](batches[step], *augmentation.of(step)))
 
         val_loss, val_accuracy = validate(encoder, val_images, val_episodes, val_way, cfg)
         run.end_epoch(learning_rate(cfg, epoch), val_loss, val_accuracy)

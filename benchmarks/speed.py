@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 
@@ -31,15 +32,16 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)  # before the imports from there
 
-from common.augment import EpochAugmentation
+from common.augment import EpochAugmentation, augment
 from common.config import UserError, require_at_least, run_script
 from common.data import ImageSet, channel_statistics, load_dataset, normalize, split_classes
 from common.device import pick_device
 from common.encoder import encode_in_batches, make_encoder
 from common.files import write_text
 from common.glyphs import draw_glyphs
-from common.inner_loop import adapt, follow_statistics, hand_over_gradients
+from common.inner_loop import adapt, first_order_gradients, follow_statistics, hand_over_gradients, statistics_of
 from common.kshot import adapted_accuracies, support_sets
+from common.launch import Captured, SideBySide, make_optimizer
 from common.prototypes import distance_logits, make_prototypes
 from common.samplers import FewShotBatchSampler, TaskBatchSampler, episode_labels
 
@@ -139,11 +141,10 @@ class Episodes:
         self.batches = batches.to(bench.device)
         self.augmentation = EpochAugmentation(self.batches, bench.resident.images, generator)
 
-    def images(self, step):
-        """Return the images of a step, [B, 3, H, W]; after the last step of the epoch comes the first again."""
+    def of(self, step):
+        """Return the tensors that a step takes; after the last step of the epoch comes the first again."""
         step %= len(self.batches)
-        images = self.augmentation(step, self.bench.resident.images[self.batches[step]])
-        return normalize(images, self.bench.mean, self.bench.std)
+        return self.batches[step], *self.augmentation.of(step)
 
 
 def main(cfg):
@@ -190,61 +191,70 @@ def flop_per_image(bench):
     return counter.get_total_flops() / 40
 
 
-def protonet_trainer(bench, encoder):
-    """Return the function that does one step of train_protonet.py on a batch of images."""
-    optimizer = torch.optim.AdamW(encoder.parameters(), lr=2e-4, weight_decay=0.01)
-    y_qry, num_support = episode_labels(N_WAY, N_QUERY, bench.device), N_WAY * K_SHOT
-    sums = torch.zeros(3, device=bench.device)
+def make_images(bench, batch, *crops):
+    """Return the images of a step, [B, 3, H, W], as the trainers make them."""
+    return normalize(augment(bench.resident.images[batch], *crops), bench.mean, bench.std)
 
-    def step(images):
-        features = encoder(images)  # [B, D]
+
+def protonet_trainer(bench, encoder):
+    """Return the function that does one step of train_protonet.py."""
+    optimizer = make_optimizer(encoder.parameters(), 2e-4, 0.01, bench.device)
+    y_qry, num_support = episode_labels(N_WAY, N_QUERY, bench.device), N_WAY * K_SHOT
+
+    def train_step(batch, *crops):
+        features = encoder(make_images(bench, batch, *crops))  # [B, D]
         x_spt, x_qry = features[:num_support], features[num_support:]
         logits = distance_logits(x_qry, make_prototypes(x_spt, N_WAY))
         loss = F.cross_entropy(logits, y_qry)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        track(sums, loss, (logits.argmax(dim=1) == y_qry).float().mean())
+        return loss.detach(), (logits.argmax(dim=1) == y_qry).float().mean()
 
-    return step
+    return tracked(bench, train_step)
 
 
 def protomaml_trainer(bench, encoder, tasks, num_inner_steps):
-    """Return the function that does one outer step of train_protomaml.py on a batch of images."""
-    optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3, weight_decay=0.01)
+    """Return the function that does one outer step of train_protomaml.py."""
+    optimizer = make_optimizer(encoder.parameters(), 1e-3, 0.01, bench.device)
     y_spt, y_qry = episode_labels(N_WAY, K_SHOT, bench.device), episode_labels(N_WAY, N_QUERY, bench.device)
-    sums, local = torch.zeros(3, device=bench.device), None
+    workers = SideBySide(bench.device, tasks)
+    copies = [deepcopy(encoder) for _ in range(workers.count)]
 
-    def step(images):
-        nonlocal local
-        losses, accuracies = [], []
-        optimizer.zero_grad()
-        for task in images.chunk(tasks):
-            x_spt, x_qry = task[: len(y_spt)], task[len(y_spt) :]
-            local, weight, bias = adapt(encoder, x_spt, y_spt, N_WAY, num_inner_steps, LR_INNER, LR_INNER, local=local)
-            logits = F.linear(local(x_qry), weight, bias)
-            loss = F.cross_entropy(logits, y_qry)
-            loss.backward()
-            hand_over_gradients(local, encoder)
-            follow_statistics(encoder, local, tasks)
-            losses.append(loss.detach())
-            accuracies.append((logits.argmax(dim=1) == y_qry).float().mean())
+    def learn_task(images, worker):
+        x_spt, x_qry = images[: len(y_spt)], images[len(y_spt) :]
+        local, weight, bias = adapt(encoder, x_spt, y_spt, N_WAY, num_inner_steps, LR_INNER, LR_INNER, local=copies[worker])
+        logits = F.linear(local(x_qry), weight, bias)
+        loss = F.cross_entropy(logits, y_qry)
+        accuracy = (logits.argmax(dim=1) == y_qry).float().mean()
+        return loss.detach(), accuracy, first_order_gradients(loss, encoder, local), statistics_of(local)
+
+    def outer_step(batch, *crops):
+        results = workers.run(learn_task, make_images(bench, batch, *crops).chunk(tasks))
+        losses, accuracies, gradients, statistics = zip(*results)
+        hand_over_gradients(encoder, gradients)
+        follow_statistics(encoder, statistics)
         optimizer.step()
-        track(sums, torch.stack(losses).mean(), torch.stack(accuracies).mean())
+        return torch.stack(losses).mean(), torch.stack(accuracies).mean()
 
-    return step
+    return tracked(bench, outer_step)
 
 
-def track(sums, loss, accuracy):
-    """Do what TrainingRun.track does."""
-    sums[:2] += torch.stack([loss.detach(), accuracy])
-    sums[2] += torch.isfinite(sums[0])
+def tracked(bench, step):
+    """Return the step as the trainers run it: captured where there is CUDA, its loss and accuracy added up."""
+    step, sums = Captured(step, bench.device), torch.zeros(3, device=bench.device)
+
+    def run(*inputs):
+        sums[:2] += torch.stack(step(*inputs))
+        sums[2] += torch.isfinite(sums[0])
+
+    return run
 
 
 def project_side(bench, episodes, step, count):
     """Return the project's seconds per step, from `count` steps; each bears its share of the draws for an epoch."""
     drawing = bench.seconds(episodes.draw) / len(episodes.batches)
-    return drawing + bench.seconds(lambda: [step(episodes.images(number)) for number in range(count)]) / count
+    return drawing + bench.seconds(lambda: [step(*episodes.of(number)) for number in range(count)]) / count
 
 
 def tutorial_side(bench, batches, step, count, lead):
@@ -290,7 +300,7 @@ def protonet_lines(bench):
     optimizer = torch.optim.AdamW(other.parameters(), lr=2e-4, weight_decay=0.01)
     project = partial(project_side, bench, Episodes(bench))
     tutorial = partial(tutorial_side, bench, start_loader(bench), lead=2 * bench.cfg.workers + 1)  # each worker has two batches ready
-    data = bench.medians("data", partial(project, lambda x: None, bench.batches), partial(tutorial, lambda x, y: None, bench.batches))
+    data = bench.medians("data", partial(project, partial(make_images, bench), bench.batches), partial(tutorial, lambda x, y: None, bench.batches))
     yield "data for one ProtoNet step", *data, 0
     step = bench.medians(
         "ProtoNet step",
@@ -420,7 +430,7 @@ def memory_table(bench):
         step = protomaml_trainer(bench, encoder, tasks, 1) if tasks else protonet_trainer(bench, encoder)
         episodes.draw()
         for number in range(1, last + 1):
-            step(episodes.images(number))
+            step(*episodes.of(number))
             if number % len(episodes.batches) == 0:
                 episodes.draw()
             if number in marks:

@@ -29,10 +29,10 @@ class EpochAugmentation:
         self.flips = flips.view(batches.shape).to(images.device)
         self.factors = factors.view(*batches.shape, 3).to(images.device) if color_jitter else None
 
-    def __call__(self, step, images):
-        """Return the images [B, 3, H, W] of a step, 0..255, augmented: float32 [B, 3, H, W] in 0..255."""
-        images = augment(images, self.boxes[step], self.flips[step])
-        return images if self.factors is None else jitter_colors(images, self.factors[step])
+    def of(self, step):
+        """Return what `augment` needs for the images of a step: boxes [B, 4], flips [B] and, if wanted, factors [B, 3]."""
+        drawn = (self.boxes, self.flips) if self.factors is None else (self.boxes, self.flips, self.factors)
+        return tuple(numbers[step] for numbers in drawn)
 
 
 def draw_augmentation(count, height, width, generator, least_scale=LEAST_SCALE):
@@ -57,11 +57,12 @@ def draw_augmentation(count, height, width, generator, least_scale=LEAST_SCALE):
     return torch.stack([top, left, crop_height, crop_width], dim=1), flips
 
 
-def augment(images, boxes, flips):
-    """Flip the images left to right where `flips` says so, cut out `boxes`, enlarge them to full size again.
+def augment(images, boxes, flips, factors=None):
+    """Flip the images left to right where `flips` says so, cut out `boxes`, enlarge them to full size, change the colours.
 
-    images [B, 3, H, W] with values in 0..255, boxes int64 [B, 4], flips bool [B]; returns float32 [B, 3, H, W] in
-    0..255. The interpolation is bilinear and, as in torchvision, sees nothing outside the crop.
+    images [B, 3, H, W] with values in 0..255, boxes int64 [B, 4], flips bool [B], factors [B, 3] or None (colours stay);
+    returns float32 [B, 3, H, W] in 0..255. The interpolation is bilinear and, as in torchvision, sees nothing outside
+    the crop.
     """
     height, width = images.shape[2:]
     rows = _interpolation(boxes[:, 0], boxes[:, 2], height)  # [B, H, H]
@@ -70,7 +71,8 @@ def augment(images, boxes, flips):
     columns = torch.where(flips[:, None, None], columns.flip(2), columns)
     # Bilinear interpolation is linear in each direction: two matrix products do it for the whole batch.
     augmented = rows[:, None] @ images.float() @ columns[:, None].transpose(2, 3)
-    return augmented.contiguous(memory_format=torch.channels_last)
+    augmented = augmented.contiguous(memory_format=torch.channels_last)
+    return augmented if factors is None else jitter_colors(augmented, factors)
 
 
 def draw_jitter(count, strength, generator):

@@ -82,12 +82,6 @@ def encoder_of(checkpoint, path):
     return encoder.eval()
 
 
-def set_learning_rate(optimizer, lr):
-    """Set the learning rate of all parameters."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
 class TrainingRun:
     """The state of one training run, kept on disk: weights, optimizer, random numbers, curves, best epoch.
 
@@ -228,7 +222,10 @@ class TrainingRun:
         self.encoder.load_state_dict(last["state_dict"])
         if self.extra_module:
             self.extra_module.load_state_dict(last["extra_module"])
-        self.optimizer.load_state_dict(last["optimizer"])
+        # The state comes from the file; how it is worked on (fused, in a graph) is this device's affair.
+        own, saved = self.optimizer.state_dict()["param_groups"], last["optimizer"]["param_groups"]
+        groups = [{**group, "params": old["params"]} for group, old in zip(own, saved, strict=True)]
+        self.optimizer.load_state_dict({"state": last["optimizer"]["state"], "param_groups": groups})
         self.generator.set_state(last["generator"])
         torch.set_rng_state(last["torch_rng"])
         self.epoch, self.step, self.sums, self.history = last["epoch"], last["step"], last["sums"], last["history"]

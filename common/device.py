@@ -1,6 +1,8 @@
 """The device to compute on, and how exactly it computes."""
 
+import ctypes
 import re
+import sys
 
 import torch
 
@@ -25,4 +27,17 @@ def pick_device(name):
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True  # few shapes, and each comes many times
+    if device.type == "cpu":
+        keep_freed_memory()
     return device
+
+
+def keep_freed_memory():
+    """Let this process keep the memory that it frees, for the next step, where the C library is glibc.
+
+    It would give large pieces back to the system and get them again, emptied, thousands of times in a training step: 8
+    to 10 % of its time.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: bytes free at the end of the heap before it shrinks
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: bytes from which a tensor is not on the heap; the most that is allowed

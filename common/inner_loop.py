@@ -36,7 +36,7 @@ def adapt(
     """
     local = deepcopy(encoder) if local is None else copy_weights(encoder, local)
     local.train(batchnorm == "batch")
-    features = base_features(encoder, local if share_first_pass else None, x_spt, batchnorm)  # [n_way * K, D]
+    features = base_features(encoder, local, x_spt, noted=share_first_pass)  # [n_way * K, D]
     if output_init == "prototypes":
         init_weight, init_bias = prototype_head(make_prototypes(features if attached else features.detach(), n_way))
     else:
@@ -45,16 +45,9 @@ def adapt(
     bias = init_bias.detach().clone().requires_grad_()
 
     for step in range(num_inner_steps):
-        shared = share_first_pass and step == 0
-        model, features = (encoder, features) if shared else (local, local(x_spt))
-        loss = F.cross_entropy(F.linear(features, weight, bias), y_spt)
-        *gradients, weight_gradient, bias_gradient = torch.autograd.grad(
-            loss, [*model.parameters(), weight, bias], retain_graph=shared and attached
-        )
-        with torch.no_grad():
-            torch._foreach_add_(list(local.parameters()), gradients, alpha=-lr_inner)
-            weight -= lr_output * weight_gradient
-            bias -= lr_output * bias_gradient
+        first_pass = (encoder, features) if share_first_pass and step == 0 else None
+        inner_step(local, weight, bias, x_spt, y_spt, lr_inner, lr_output, first_pass)
+        features = None  # its graph is large, and the prototypes keep what they need of it
 
     # Same values, but now a function of the prototypes: (adapted - initial) counts as a constant.
     weight = (weight - init_weight).detach() + init_weight
@@ -62,17 +55,44 @@ def adapt(
     return local, weight, bias
 
 
-def base_features(encoder, local, x_spt, batchnorm):
-    """Return the un-adapted encoder's features of the support set, and leave its mode and its buffers as they were.
+def inner_step(local, weight, bias, x_spt, y_spt, lr_inner, lr_output, first_pass=None):
+    """Take one step of SGD, in place, on a copy of the encoder and an output layer.
 
-    local: the copy whose running statistics shall take note of this pass, or None.
+    first_pass: (encoder, features), the encoder that the copy still equals and what it made of the support set: the
+    gradients are taken from there, and that graph is kept.
     """
-    buffers = dict(local.named_buffers()) if local else {name: buffer.clone() for name, buffer in encoder.named_buffers()}
-    was_training = encoder.training
-    encoder.train(batchnorm == "batch")
-    features = functional_call(encoder, buffers, x_spt)  # the encoder's own parameters, but these buffers
-    encoder.train(was_training)
-    return features
+    model, features = first_pass or (local, local(x_spt))
+    loss = F.cross_entropy(F.linear(features, weight, bias), y_spt)
+    inputs = [*model.parameters(), weight, bias]
+    *gradients, weight_gradient, bias_gradient = torch.autograd.grad(loss, inputs, retain_graph=first_pass is not None)
+    with torch.no_grad():
+        torch._foreach_add_(list(local.parameters()), gradients, alpha=-lr_inner)
+        weight -= lr_output * weight_gradient
+        bias -= lr_output * bias_gradient
+
+
+def base_features(encoder, local, x_spt, noted):
+    """Return the un-adapted encoder's features of the support set, as a function of its parameters.
+
+    They pass through the copy, with the encoder's parameters put in: whatever happens to buffers happens to the copy's
+    if this pass is to be `noted` in its running statistics, and to none otherwise.
+    """
+    tensors = dict(encoder.named_parameters())
+    if not noted:
+        tensors.update((name, buffer.clone()) for name, buffer in local.named_buffers())
+    return functional_call(local, tensors, x_spt)
+
+
+def first_order_gradients(loss, encoder, local):
+    """Return the gradients of a task's query loss for the encoder's parameters, in their order.
+
+    They are those of the adapted copy (first order: d theta' / d theta = 1) plus those that come through the prototypes.
+    """
+    count = len(list(encoder.parameters()))
+    found = torch.autograd.grad(loss, [*encoder.parameters(), *local.parameters()], allow_unused=True)
+    if found[0] is None:  # MAML: the output layer started from zeros
+        return list(found[count:])
+    return list(torch._foreach_add(found[:count], found[count:]))
 
 
 @torch.no_grad()
@@ -85,24 +105,28 @@ def copy_weights(source, target):
 
 
 @torch.no_grad()
-def hand_over_gradients(local, encoder):
-    """Add the gradients of the adapted copy to those of the encoder (first order: d theta' / d theta = 1) and clear them."""
-    pairs = list(zip(encoder.parameters(), local.parameters()))
-    for base, copy in pairs:
-        if base.grad is None:  # MAML's first task: no gradient came through prototypes
-            base.grad = torch.zeros_like(base)
-    torch._foreach_add_([base.grad for base, _ in pairs], [copy.grad for _, copy in pairs])
-    for _, copy in pairs:
-        copy.grad = None
+def hand_over_gradients(encoder, gradients):
+    """Set the gradients of the encoder to the sum of those of its tasks: `gradients`, one list per task."""
+    total = list(gradients[0])
+    for more in gradients[1:]:
+        total = torch._foreach_add(total, more)
+    for parameter, gradient in zip(encoder.parameters(), total):
+        parameter.grad = gradient
+
+
+def statistics_of(local):
+    """Return copies of the running statistics of an adapted copy."""
+    return torch._foreach_mul(_buffers(local), 1.0)
 
 
 @torch.no_grad()
-def follow_statistics(encoder, local, num_tasks):
-    """Move the encoder's BatchNorm statistics by 1 / num_tasks of the way to those of an adapted copy.
+def follow_statistics(encoder, statistics):
+    """Set the encoder's BatchNorm statistics to the mean of those of its adapted copies: `statistics`, one list per task.
 
     Adaptation leaves them alone, so the outer loop has to carry them along: a test starts from them.
     """
-    torch._foreach_lerp_(_buffers(encoder), _buffers(local), 1 / num_tasks)
+    mean = [torch.stack(same).mean(dim=0) for same in zip(*statistics)]
+    torch._foreach_copy_(_buffers(encoder), mean)
 
 
 def _buffers(module, floating=True):

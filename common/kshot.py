@@ -5,13 +5,15 @@ class together is support set i. A short last chunk is never a support set, but 
 """
 
 import math
+from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
 from scipy import stats
 
 from common.config import UserError
-from common.inner_loop import adapt
+from common.inner_loop import adapt, inner_step
+from common.launch import Captured, SideBySide
 from common.prototypes import make_prototypes, prototype_head
 from common.samplers import FewShotBatchSampler, episode_labels
 
@@ -52,25 +54,62 @@ def nearest_prototype_accuracies(features, labels, sets, n_way, progress=iter):
     return torch.tensor(accuracies, dtype=torch.float64)
 
 
-def adapted_accuracies(encoder, images, labels, sets, n_way, inner_loop, progress=iter, batch_size=500):
+def adapted_accuracies(encoder, images, labels, sets, n_way, inner_loop, progress=iter, batch_size=0, captured=None):
     """Return the accuracy of each support set, float64 [S], of a copy of the encoder adapted to that support set.
 
     images [N, 3, H, W], normalised; inner_loop: the keyword arguments of `adapt` (num_inner_steps, lr_inner, ...).
-    progress wraps the support sets, to show how far it is. The queries see the copy in eval mode. Raises UserError where
-    an adaptation diverges.
+    progress wraps the support sets, to show how far it is. The queries see the copy in eval mode. Several support sets
+    are adapted side by side; captured: their inner step as one CUDA graph (None: on CUDA). Raises UserError where an
+    adaptation diverges.
     """
-    accuracies, local = [], None
-    for support in progress(sets):
-        support = support.to(images.device)
-        y_spt = episode_labels(n_way, len(support) // n_way, images.device)
-        local, weight, bias = adapt(encoder, images[support], y_spt, n_way, local=local, attached=False, **inner_loop)
+    workers = SideBySide(images.device, len(sets))
+    copies = [deepcopy(encoder) for _ in range(workers.count)]
+    batch_size = batch_size or (500 if images.device.type == "cpu" else 2000)
+    sets, y_spt = sets.to(images.device), episode_labels(n_way, sets.shape[1] // n_way, images.device)
+
+    def adapted(support, worker):
+        return adapt(encoder, images[support], y_spt, n_way, local=copies[worker], attached=False, **inner_loop)
+
+    def accuracy(support, local, weight, bias):
         local.eval()
         with torch.no_grad():
             logits = torch.cat([F.linear(local(batch), weight, bias) for batch in images.split(batch_size)])
         if not logits.isfinite().all():
             raise UserError(f"the adaptation to a support set of {len(support)} images diverged; pass a smaller --lr_inner or fewer --num_inner_steps")
-        accuracies.append(_share_correct(logits, labels, support))
-    return torch.tensor(accuracies, dtype=torch.float64)
+        return _share_correct(logits, labels, support)
+
+    if images.is_cuda if captured is None else captured:
+        models = _adapt_captured(encoder, images, y_spt, sets, n_way, inner_loop, workers, copies)
+        accuracies = (accuracy(*model) for model in models)
+    else:
+        accuracies = workers.run(lambda support, worker: accuracy(support, *adapted(support, worker)), sets)
+    # The support sets are there to be counted; zip stops with them.
+    return torch.tensor([each for _, each in zip(progress(sets), accuracies)], dtype=torch.float64)
+
+
+def _adapt_captured(encoder, images, y_spt, sets, n_way, inner_loop, workers, copies):
+    """Yield (support, local, weight, bias) for each support set; as many as there are workers learn in one CUDA graph."""
+    start = {**inner_loop, "num_inner_steps": 0, "attached": False, "share_first_pass": False}
+    rates = inner_loop["lr_inner"], inner_loop["lr_output"]
+    states = []  # x_spt, weight and bias of each worker; the graph knows where they lie, so there they stay
+
+    def one_step(number, _):
+        x_spt, weight, bias = states[number]
+        inner_step(copies[number], weight, bias, x_spt, y_spt, *rates)
+        return weight.detach()
+
+    step = Captured(lambda: tuple(workers.run(one_step, range(len(states)))), images.device)
+    for group in sets.split(workers.count):
+        for number, support in enumerate(group):
+            x_spt = images[support]
+            _, weight, bias = adapt(encoder, x_spt, y_spt, n_way, local=copies[number], **start)
+            if number == len(states):
+                states.append([x_spt, weight.requires_grad_(), bias.requires_grad_()])
+            with torch.no_grad():
+                torch._foreach_copy_(states[number], [x_spt, weight, bias])
+        for _ in range(inner_loop["num_inner_steps"]):
+            step()
+        yield from ((support, copies[number], *states[number][1:]) for number, support in enumerate(group))
 
 
 def summarize(accuracies):

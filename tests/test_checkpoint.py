@@ -95,10 +95,10 @@ def crash_when(monkeypatch, model, moment):
         monkeypatch.setattr(run, "track", crash_at_call(run.track, 3))
     elif moment == "inside the second epoch":
         monkeypatch.setattr(run, "track", crash_at_call(run.track, steps + 3))
-    elif moment == "in the first validation":
-        monkeypatch.setattr(script, "validate", crash_at_call(script.validate, 1))
-    elif moment == "in the last validation":
-        monkeypatch.setattr(script, "validate", crash_at_call(script.validate, 3 if model == "protonet" else 2))
+    elif moment == "after the first validation":
+        monkeypatch.setattr(run, "end_epoch", crash_at_call(run.end_epoch, 1))
+    elif moment == "after the last validation":
+        monkeypatch.setattr(run, "end_epoch", crash_at_call(run.end_epoch, 3 if model == "protonet" else 2))
     elif moment == "before the last CSV":
         monkeypatch.setattr(checkpoint, "write_text", crash_at_call(checkpoint.write_text, 3 if model == "protonet" else 2))
     elif moment == "between best and last":
@@ -111,8 +111,8 @@ def crash_when(monkeypatch, model, moment):
 MOMENTS = [
     "inside the first epoch",
     "inside the second epoch",
-    "in the first validation",
-    "in the last validation",
+    "after the first validation",
+    "after the last validation",
     "before the last CSV",
     "between best and last",
     "in the figure",

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torchvision.models import DenseNet
 
 from common.data import SMALLEST_IMAGE
-from common.encoder import encode_in_batches, make_encoder
+from common.encoder import conv3x3, encode_in_batches, make_encoder, pointwise
 
 SMALL = {"proto_dim": 8, "growth_rate": 4, "block_config": (2, 2, 2, 2), "num_init_features": 8}
 
@@ -48,16 +50,31 @@ def test_the_weights_follow_the_global_seed():
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_the_state_fits_torchvisions_densenet():
-    # The author's checkpoint holds exactly these names.
-    from torchvision.models import DenseNet
-
-    plain = DenseNet(growth_rate=32, block_config=(6, 6, 6, 6), bn_size=2, num_init_features=64, num_classes=64)
-    encoder = make_encoder()
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("size", [(32, 32), (SMALLEST_IMAGE, SMALLEST_IMAGE), (32, 64), (33, 47), (64, 64), (128, 40)], ids=str)
+def test_it_computes_what_torchvisions_densenet_does(size, training):
+    # With the same names in its state, too: the author's checkpoint holds exactly these.
+    plain = DenseNet(growth_rate=4, block_config=(2, 2, 2, 2), bn_size=2, num_init_features=8, num_classes=8).double().train(training)
+    encoder = make_encoder(**SMALL).double().train(training)
     encoder.load_state_dict(plain.state_dict())
-    images = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        torch.testing.assert_close(encoder.eval()(images), plain.eval()(images))
+    images, direction = torch.randn(5, 3, *size, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64)
+    outputs = [model(images) for model in (encoder, plain)]
+    torch.testing.assert_close(*outputs)
+    gradients = [torch.autograd.grad((output * direction).sum(), list(model.parameters())) for model, output in zip((encoder, plain), outputs)]
+    scale = max(gradient.abs().max() for gradient in gradients[1])
+    for found, expected in zip(*gradients):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9 * scale.item())
+    for found, expected in zip(encoder.buffers(), plain.buffers()):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("height, width", [(1, 1), (1, 2), (2, 1), (2, 2), (2, 3), (4, 4)])
+def test_convolutions_equal_torchs_however_small_the_image(height, width, layout):
+    x = torch.randn(3, 5, height, width, dtype=torch.float64).contiguous(memory_format=layout)
+    for convolve, size in ((conv3x3, 3), (pointwise, 1)):
+        weight = torch.randn(4, 5, size, size, dtype=torch.float64).contiguous(memory_format=layout)
+        torch.testing.assert_close(convolve(x, weight), F.conv2d(x, weight, padding=size // 2))
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 100])
