@@ -14,6 +14,7 @@ An outer step of 16 tasks takes 1.1 s on 2 CPU cores. On CIFAR-100 the tutorial'
 validation accuracy after 201 steps; the line for glyphs reaches 98.7 % in 95 s.
 """
 
+import math
 import os
 from copy import deepcopy
 from dataclasses import dataclass
@@ -131,7 +132,6 @@ def main(cfg):
     run = TrainingRun(cfg, model, encoder, optimizer, sampler.generator, checkpoint_extras)
 
     train, val = train.to(device), val.to(device)
-    num_support = cfg.n_way * cfg.k_shot
     inner_loop = {name: getattr(cfg, name) for name in ("num_inner_steps", "lr_inner", "lr_output", "output_init", "batchnorm")}
     y_spt, y_qry = episode_labels(cfg.n_way, cfg.k_shot, device), episode_labels(cfg.n_way, cfg.n_query, device)
     val_y_spt, val_y_qry = episode_labels(val_way, cfg.k_shot, device), episode_labels(val_way, cfg.n_query, device)
@@ -139,37 +139,35 @@ def main(cfg):
     workers = SideBySide(device, cfg.tasks_per_step)  # several tasks at a time, each on its own copy of the encoder
     copies = [deepcopy(encoder) for _ in range(workers.count)]  # made once and filled anew for every task
 
-    def learn_task(images, worker):
-        """Return a task's loss, accuracy and first-order gradients for the encoder; images [N*(K+Q), 3, H, W]."""
-        x_spt, x_qry = images[:num_support], images[num_support:]
+    def solve_task(images, n_way, y_spt, y_qry, worker, attached=True):
+        """Return the copy adapted to a task, images [N*(K+Q), 3, H, W], and its loss and accuracy on the queries."""
+        x_spt, x_qry = images[: len(y_spt)], images[len(y_spt) :]
         # Inner loop: a copy of the encoder learns the support set. Outer loop: how well does it do on the queries?
-        local, weight, bias = adapt(encoder, x_spt, y_spt, cfg.n_way, local=copies[worker], **inner_loop)
+        local, weight, bias = adapt(encoder, x_spt, y_spt, n_way, local=copies[worker], attached=attached, **inner_loop)
         logits = F.linear(local(x_qry), weight, bias)  # [N*Q, N]
-        loss = F.cross_entropy(logits, y_qry)
-        accuracy = (logits.argmax(dim=1) == y_qry).float().mean()
+        return local, F.cross_entropy(logits, y_qry), (logits.argmax(dim=1) == y_qry).float().mean()
+
+    def learn_task(images, worker):
+        local, loss, accuracy = solve_task(images, cfg.n_way, y_spt, y_qry, worker)
         return loss.detach(), accuracy, first_order_gradients(loss, encoder, local), statistics_of(local)
+
+    def test_task(images, worker):
+        _, loss, accuracy = solve_task(images, val_way, val_y_spt, val_y_qry, worker, attached=False)
+        return loss.detach(), accuracy
 
     def outer_step(batch, *crops):
         """One step on the images number `batch` [T*N*(K+Q)], all on the device; returns the tasks' mean loss and accuracy."""
         images = normalize(augment(train.images[batch], *crops), mean, std)  # [T*N*(K+Q), 3, H, W]
-        tasks = workers.run(learn_task, images.chunk(cfg.tasks_per_step))
-        losses, accuracies, gradients, statistics = zip(*tasks)
+        losses, accuracies, gradients, statistics = zip(*workers.run(learn_task, images.chunk(cfg.tasks_per_step)))
         hand_over_gradients(encoder, gradients)  # their sum
-        follow_statistics(encoder, statistics)
+        if cfg.batchnorm == "batch":
+            follow_statistics(encoder, statistics)
         optimizer.step()
         return torch.stack(losses).mean(), torch.stack(accuracies).mean()
 
     def test_tasks(episodes):
-        """Return the losses and accuracies [E] on the queries of validation episodes [E, N*(K+Q)], after adaptation."""
-        results = workers.run(test_task, val_images[episodes])
-        return tuple(map(torch.stack, zip(*results)))
-
-    def test_task(images, worker):
-        x_spt, x_qry = images[: len(val_y_spt)], images[len(val_y_spt) :]
-        local, weight, bias = adapt(encoder, x_spt, val_y_spt, val_way, local=copies[worker], attached=False, **inner_loop)
-        with torch.no_grad():
-            logits = F.linear(local(x_qry), weight, bias)
-            return F.cross_entropy(logits, val_y_qry), (logits.argmax(dim=1) == val_y_qry).float().mean()
+        """Return the losses and accuracies [E] of validation episodes [E, N*(K+Q)] after adaptation."""
+        return tuple(torch.stack(numbers) for numbers in zip(*workers.run(test_task, val_images[episodes])))
 
     outer_step, test_tasks = Captured(outer_step, device), Captured(test_tasks, device)  # on CUDA one graph each
     for epoch in run.epochs():
@@ -179,7 +177,7 @@ def main(cfg):
         for step in run.steps(min(cfg.steps_per_epoch or len(batches), len(batches))):
             run.track(*outer_step(batches[step], *augmentation.of(step)))
 
-        tested = [test_tasks(episodes) for episodes in val_episodes.split(cfg.tasks_per_step)]
+        tested = [test_tasks(episodes) for episodes in val_episodes.chunk(math.ceil(len(val_episodes) / cfg.tasks_per_step))]
         val_loss, val_accuracy = (torch.cat(numbers).mean().item() for numbers in zip(*tested))
         run.end_epoch(learning_rate(cfg, epoch), val_loss, val_accuracy)
 

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import sys
+import threading
 import tokenize
 from typing import get_args, get_origin
 
@@ -41,6 +42,11 @@ def run_script(main, config_class, recipes=None):
     except KeyboardInterrupt:
         print(f"{script}: stopped; what was saved before is intact", file=sys.stderr)
         code = 130
+    if code and any(thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate()):
+        # Python would wait for the threads until they have finished what they do, an adaptation of a minute perhaps.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

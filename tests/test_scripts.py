@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -250,3 +251,16 @@ def test_help_of_the_other_scripts_lists_every_option(module, capsys):
     assert not stop.value.code
     printed = capsys.readouterr().out
     assert all(f"--{field}=" in printed for field in module.Config.__dataclass_fields__)
+
+
+def test_an_interrupted_test_does_not_wait_for_its_adaptations(trained, glyph_dir, tmp_path):
+    where = [f"--data_dir={glyph_dir}", f"--checkpoint_dir={trained[0]}", f"--results_dir={tmp_path}"]
+    command = [sys.executable, "-u", ROOT / "evaluate.py", *SMALL_TEST, "--num_inner_steps=1000000", *where]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.PIPE) as process:
+        shown = b""
+        while b"protomaml on glyphs" not in shown and (chunk := process.stderr.read1()):
+            shown += chunk
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()  # comes to an end only with the process
+    assert process.returncode == 130 and b"stopped; what was saved before is intact" in rest

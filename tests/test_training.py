@@ -59,7 +59,7 @@ def test_frozen_statistics_need_a_trained_encoder():
 def test_protomaml_starts_from_a_protonet_and_frozen_statistics_stay(glyph_dir, tmp_path):
     train(train_protonet, glyph_dir, tmp_path, "--steps_per_epoch=3", "--pretrain_epochs=1", "--unit_features=true", "--batch_size=16")
     start = load_checkpoint(tmp_path / "glyphs" / "protonet.pt")
-    more = [f"--init_from={tmp_path / 'glyphs' / 'protonet.pt'}", "--batchnorm=frozen", "--tasks_per_step=1", "--steps_per_epoch=1", "--val_episodes=1"]
+    more = [f"--init_from={tmp_path / 'glyphs' / 'protonet.pt'}", "--batchnorm=frozen", "--tasks_per_step=3", "--steps_per_epoch=1", "--val_episodes=1"]
     train(train_protomaml, glyph_dir, tmp_path, *more, "--lr=1e-6")
     found = load_checkpoint(tmp_path / "glyphs" / "protomaml.pt")
     assert found["encoder"] == start["encoder"]
