@@ -53,18 +53,23 @@ class Config:
     num_inner_steps: tuple[int, ...] = (200,)  # SGD steps of ProtoMAML and MAML on a support set; one number, or one per k
     lr_inner: tuple[float, ...] = ()  # their learning rate for the encoder; one, or one per k; empty: as in training
     lr_output: tuple[float, ...] = ()  # their learning rate for the output layer; one, or one per k; empty: as in training
+    domain_num_inner_steps: tuple[int, ...] = ()  # the same three for unseen domains, which lie further off; empty: as above
+    domain_lr_inner: tuple[float, ...] = ()  # one, or one per k
+    domain_lr_output: tuple[float, ...] = ()  # one, or one per k
     max_support_sets: int = 0  # support sets per k for ProtoMAML and MAML, spread evenly; 0: all
     # run
     device: str = "auto"  # auto, cuda, mps or cpu
     results_dir: str = "results"  # where tables and figures go
 
     def __post_init__(self):
-        require_at_least(self, 1, "k_shots", "num_inner_steps")
+        inner_loop = ("num_inner_steps", "lr_inner", "lr_output")
+        in_domains = tuple(f"domain_{name}" for name in inner_loop)
+        require_at_least(self, 1, "k_shots", "num_inner_steps", "domain_num_inner_steps")
         require_at_least(self, 0, "max_support_sets")
-        require_positive(self, "lr_inner", "lr_output")
-        require_at_most(self, LARGEST_RATE, "lr_inner", "lr_output")
+        require_positive(self, *inner_loop[1:], *in_domains[1:])
+        require_at_most(self, LARGEST_RATE, *inner_loop[1:], *in_domains[1:])
         require_one_of(self, "classes", ("test", "val"))
-        for name in ("num_inner_steps", "lr_inner", "lr_output"):
+        for name in (*inner_loop, *in_domains):
             found = len(getattr(self, name))
             if found not in (1, len(self.k_shots)) and (found or name == "num_inner_steps"):
                 raise UserError(f"{name} has {found} numbers for {len(self.k_shots)} values of k; pass one number, or one for each k")
@@ -155,7 +160,7 @@ def test_model(cfg, model, path, checkpoint, image_set, classes, device):
     rows = []
     for position, k_shot in enumerate(cfg.k_shots):
         identity["k_shot"] = k_shot
-        identity["settings"] = settings = test_settings(cfg, model, checkpoint, position)
+        identity["settings"] = settings = test_settings(cfg, model, checkpoint, position, in_domain=classes == "all")
         key = hashlib.sha256(json.dumps([identity, checkpoint["mean"], checkpoint["std"]], sort_keys=True).encode()).hexdigest()
         kept = os.path.join(cfg.results_dir, ".cache", f"{key[:32]}.json")
         row = read_kept(kept)
@@ -181,14 +186,14 @@ def test_model(cfg, model, path, checkpoint, image_set, classes, device):
     return rows
 
 
-def test_settings(cfg, model, checkpoint, position):
+def test_settings(cfg, model, checkpoint, position, in_domain):
     """Return what else decides a result: nothing for nearest prototypes, the inner loop at this k for models that adapt."""
     if model in ("pixels", "protonet"):
         return {}
     trained = checkpoint["config"]
     settings = {"output_init": trained.get("output_init", "prototypes"), "batchnorm": trained.get("batchnorm", "batch")}
     for name in ("num_inner_steps", "lr_inner", "lr_output"):
-        values = getattr(cfg, name) or (trained[name],)
+        values = (in_domain and getattr(cfg, f"domain_{name}")) or getattr(cfg, name) or (trained[name],)
         settings[name] = values[position] if len(values) > 1 else values[0]
     return {**settings, "max_support_sets": cfg.max_support_sets}
 

@@ -58,8 +58,8 @@ class Config:
     dataset: str = "glyphs"  # read from data_dir where it is there; else a few glyphs are drawn and nothing is written
     data_dir: str = os.environ.get("PATH_DATASETS", "data")  # folder of the data sets
     # measurement
-    repeats: int = 9  # measurements per line, after one to warm up; the tables give medians
-    adapt_steps: int = 0  # inner steps of an adaptation in the first table; 0: 200 on a GPU, 20 on the CPU
+    repeats: int = 5  # measurements per line, after one to warm up; the tables give medians
+    adapt_steps: int = 0  # inner steps of an adaptation; 0: 200 on a GPU; on the CPU 20, and a tenth of the test's queries
     memory_steps: int = 2000  # training steps over which memory is watched
     workers: int = 2  # worker processes of the tutorial's DataLoader
     quick: bool = False  # 2 repeats of small pieces of work, whatever the options above say
@@ -108,18 +108,24 @@ class Bench:
         return project.train(), tutorial.train()
 
     def support(self, k_shot):
-        """Return the first support set of the k-shot test, int64 [1, n_way * k], and its labels."""
+        """Return support sets of the k-shot test, int64 [S, n_way * k], and the labels of one."""
         sets = support_sets(self.labels, k_shot, self.data.class_names[:TEST_WAY])
-        return sets[:1].to(self.device), episode_labels(TEST_WAY, k_shot, self.device)
+        return sets.to(self.device), episode_labels(TEST_WAY, k_shot, self.device)
 
     def seconds(self, function):
         """Return the time that `function()` takes until the device has done all of it."""
-        synchronize = getattr(torch, self.device.type).synchronize
-        synchronize()
+        self.wait()
         start = time.perf_counter()
         function()
-        synchronize()
+        self.wait()
         return time.perf_counter() - start
+
+    def wait(self):
+        """Wait until the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
 
     def medians(self, name, *sides):
         """Return the median of what each function returns; they take turns, so that a slow minute slows all of them."""
@@ -326,33 +332,40 @@ def protomaml_lines(bench):
         passes = tasks * N_WAY * (K_SHOT * (3 * inner + 2) + N_QUERY * 3)
         yield name, *bench.medians(name, project, tutorial), passes
         if bench.device.type == "cuda":
-            yield "peak GPU memory of that", peak_gpu_memory(project), peak_gpu_memory(tutorial), 0
+            yield "peak GPU memory of that", peak_gpu_memory(project, bench.device), peak_gpu_memory(tutorial, bench.device), 0
 
 
 def test_lines(bench):
     (encoder, other), steps, ready = bench.encoders(), bench.adapt_steps, bench.images_channels_first
+    asked = len(ready) if bench.gpu else len(ready) // 10
 
     def compare(name, project, tutorial, passes):
         return name, *bench.medians(name, partial(bench.seconds, project), partial(bench.seconds, tutorial)), passes
 
     for k_shot in (2, 8, 32):
-        indices, y_spt = bench.support(k_shot)
-        tutorial = partial(tutorial_style.adapt, other, ready[indices[0]], y_spt, steps, LR_INNER)
-        yield compare(f"adaptation, 10-way, k = {k_shot}, {steps} inner steps", adaptation(bench, encoder, k_shot, steps), tutorial, 3 * steps * len(y_spt))
+        sets, y_spt = bench.support(k_shot)
+        sets = sets[: SideBySide(bench.device, len(sets)).count]
+        tutorial = partial(tutorial_style.adapt, other, ready[sets[0]], y_spt, steps, LR_INNER)
+        yield compare(f"one adaptation, 10-way, k = {k_shot}, {steps} inner steps", adaptation(bench, encoder, k_shot, steps), tutorial, 3 * steps * len(y_spt))
 
-    indices, y_spt = bench.support(8)
-    inner_loop = {"num_inner_steps": steps, "lr_inner": LR_INNER, "lr_output": LR_INNER}
-    project = partial(adapted_accuracies, encoder, bench.images, bench.labels, indices, TEST_WAY, inner_loop)
-
-    def tutorial():
-        local, weight, bias, _ = tutorial_style.adapt(other, ready[indices[0]], y_spt, steps, LR_INNER)
-        tutorial_style.count_correct(local, weight, bias, ready, bench.labels)
-
-    name = f"k-shot test: one support set at k = 8 ({steps} steps) incl. {bench.queries:,} queries"
-    yield compare(name, project, tutorial, 3 * steps * len(y_spt) + bench.queries)
+        # The support sets' images come first, and so many others that there are as many queries as wanted.
+        rows = torch.cat([sets.unique(), torch.arange(len(ready), device=bench.device)])[: max(asked, sets.numel() + TEST_WAY)]
+        images, labels = bench.images[rows], bench.labels[rows]
+        places = torch.searchsorted(rows[: sets.numel()], sets)
+        inner_loop = {"num_inner_steps": steps, "lr_inner": LR_INNER, "lr_output": LR_INNER}
+        project = partial(adapted_accuracies, encoder, images, labels, places, TEST_WAY, inner_loop)
+        name = f"k-shot test, k = {k_shot}: {len(sets)} support sets, {steps} inner steps, {len(rows):,} images to classify"
+        yield compare(name, project, partial(test_in_turn, other, ready[rows], labels, places, y_spt, steps), len(sets) * (3 * steps * len(y_spt) + len(rows)))
 
     project = partial(encode_in_batches, encoder.eval(), bench.images)
     yield compare(f"features of {bench.queries:,} images", project, partial(tutorial_style.encode, other.eval(), ready), bench.queries)
+
+
+def test_in_turn(encoder, images, labels, sets, y_spt, steps):
+    """Test as the tutorial does: one support set after the other."""
+    for support in sets:
+        local, weight, bias, _ = tutorial_style.adapt(encoder, images[support], y_spt, steps, LR_INNER)
+        tutorial_style.count_correct(local, weight, bias, images, labels)
 
 
 def adaptation(bench, encoder, k_shot, steps):
@@ -446,14 +459,14 @@ def memory_in_use(device):
             used = {"process": int(file.read().split()[1]) * resource.getpagesize()}
     else:
         used = {"process, peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
-    return {**used, "GPU": torch.cuda.memory_allocated()} if device.type == "cuda" else used
+    return {**used, "GPU": torch.cuda.memory_allocated(device)} if device.type == "cuda" else used
 
 
-def peak_gpu_memory(side):
+def peak_gpu_memory(side, device):
     """Return the most GPU memory allocated during one measurement of a side, as a table's cell."""
-    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.reset_peak_memory_stats(device)
     side()
-    return show_memory(torch.cuda.max_memory_allocated())
+    return show_memory(torch.cuda.max_memory_allocated(device))
 
 
 def about_run(bench, gflops, flop, load):
@@ -477,7 +490,7 @@ def machine(device):
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             found = re.search(r"model name\s*: (.+)", file.read())
         name = found[1].strip() if found else name
-    gpu = {"cpu": "", "cuda": torch.cuda.is_available() and f", {torch.cuda.get_device_name()}"}
+    gpu = {"cpu": "", "cuda": torch.cuda.is_available() and f", {torch.cuda.get_device_name(device)}"}
     return f"{os.cpu_count()}-core {name}{gpu.get(device.type, f', {device.type}')}"
 
 

@@ -78,6 +78,9 @@ BAD_OPTIONS = [
     (EVALUATE, "--domains=mnist,mnist", "domains is mnist,mnist; name each value once"),
     (EVALUATE, "--domains=cifar100", "cifar100 is the data set of the training classes"),
     (EVALUATE, "--num_inner_steps=0", "num_inner_steps is 0, but at least 1"),
+    (EVALUATE, "--domain_num_inner_steps=0", "domain_num_inner_steps is 0, but at least 1"),
+    (EVALUATE, "--domain_lr_inner=0.1,0.2", "domain_lr_inner has 2 numbers for 5 values of k"),
+    (EVALUATE, "--domain_lr_output=-1", "domain_lr_output is -1.0, but a number above 0"),
     (EVALUATE, "--max_support_sets=-1", "max_support_sets is -1, but at least 0"),
     (EVALUATE, "--epochs=3", "unknown option --epochs"),
 ]

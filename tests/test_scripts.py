@@ -174,6 +174,16 @@ def test_results_of_other_settings_are_not_reused(option, reused, tested, traine
         assert {row["num_support_sets"] for row in rows_of(folder) if "maml" in row["model"]} == {2}
 
 
+def test_unseen_domains_may_have_an_inner_loop_of_their_own(tested, trained, glyph_dir, tmp_path, capsys):
+    folder = copied(tested, tmp_path)
+    options = ["--domain_num_inner_steps=2", "--domain_lr_inner=0.01,0.02", "--domain_lr_output=0.03"]
+    in_process(evaluate, *SMALL_TEST, *options, f"--data_dir={glyph_dir}", f"--checkpoint_dir={trained[0]}", f"--results_dir={folder}")
+    assert capsys.readouterr().out.count("reused") == 12  # all but those of ProtoMAML and MAML on the domain
+    found = {(row["dataset"], row["k_shot"]): row["settings"] for row in rows_of(folder) if row["model"] == "protomaml"}
+    names = ("num_inner_steps", "lr_inner", "lr_output")
+    assert [[settings[name] for name in names] for settings in found.values()] == [[3, 0.1, 0.1], [3, 0.1, 0.1], [2, 0.01, 0.03], [2, 0.02, 0.03]]
+
+
 def test_results_of_other_weights_are_not_reused(tested, trained, glyph_dir, tmp_path, capsys):
     folder = copied(tested, tmp_path)
     checkpoints = shutil.copytree(trained[0], tmp_path / "checkpoints")
