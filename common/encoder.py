@@ -23,19 +23,23 @@ class Encoder(DenseNet):
     def forward(self, images):
         """What torchvision computes, up to rounding, for a good part of the work: linear steps change places with means."""
         net = self.features
-        x = net.norm0(net.conv0(images))
-        x = net.relu0(net.pool0(x))  # the largest is the same before and after a ReLU, and there are fewer to cut off
+        x = net.pool0(norm(net.norm0, net.conv0(images))).relu_()  # the largest first: there are fewer to cut off then
         for number in range(1, self.blocks + 1):
             for layer in getattr(net, f"denseblock{number}").values():
-                added = pointwise(layer.relu1(layer.norm1(x)), layer.conv1.weight)
-                added = conv3x3(layer.relu2(layer.norm2(added)), layer.conv2.weight)
+                added = pointwise(norm(layer.norm1, x).relu_(), layer.conv1.weight)
+                added = conv3x3(norm(layer.norm2, added).relu_(), layer.conv2.weight)
                 x = torch.cat([x, added], 1)  # what came before stays: dense
             if number < self.blocks:
                 transition = getattr(net, f"transition{number}")
-                x = transition.pool(transition.relu(transition.norm(x)))  # before the convolution, on a quarter of its pixels
+                x = transition.pool(norm(transition.norm, x).relu_())  # before the convolution, on a quarter of its pixels
                 x = pointwise(x, transition.conv.weight)
-        features = self.classifier(F.relu(net.norm5(x)).mean(dim=(2, 3)))  # [B, proto_dim]
+        features = self.classifier(norm(net.norm5, x).relu_().mean(dim=(2, 3)))  # [B, proto_dim]
         return features if self.log_scale is None else F.normalize(features) * self.log_scale.exp()
+
+
+def norm(layer, x):
+    """Apply a BatchNorm2d as it would itself, but for its counter of batches, which nothing reads: it stays as it is."""
+    return F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, layer.training, layer.momentum, layer.eps)
 
 
 def pointwise(x, weight):
