@@ -24,6 +24,7 @@ def pick_device(name):
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); pass --device=auto or --device=cpu") from error
     if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # streams and graphs belong to the device that is set
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True  # few shapes, and each comes many times
