@@ -56,6 +56,7 @@ class Config:
     domain_num_inner_steps: tuple[int, ...] = ()  # the same three for unseen domains, which lie further off; empty: as above
     domain_lr_inner: tuple[float, ...] = ()  # one, or one per k
     domain_lr_output: tuple[float, ...] = ()  # one, or one per k
+    mirror: bool = False  # see every image together with its mirror image: features, and logits after adaptation, are means
     max_support_sets: int = 0  # support sets per k for ProtoMAML and MAML, spread evenly; 0: all
     # run
     device: str = "auto"  # auto, cuda, mps or cpu
@@ -167,7 +168,7 @@ def test_model(cfg, model, path, checkpoint, image_set, classes, device):
         if row:
             print(f"{model} on {image_set.name}, k = {k_shot}: reused, same checkpoint, data and settings")
         else:
-            accuracies_of = accuracies_of or prepare_test(model, path, checkpoint, image_set, device)
+            accuracies_of = accuracies_of or prepare_test(model, path, checkpoint, image_set, device, cfg.mirror)
             sets = support_sets(image_set.labels, k_shot, image_set.class_names, settings.get("max_support_sets", 0))
             bar = partial(tqdm, desc=f"{model} on {image_set.name}, k = {k_shot}", leave=False, dynamic_ncols=True)
             accuracies = accuracies_of(sets, settings, bar)
@@ -187,18 +188,21 @@ def test_model(cfg, model, path, checkpoint, image_set, classes, device):
 
 
 def test_settings(cfg, model, checkpoint, position, in_domain):
-    """Return what else decides a result: nothing for nearest prototypes, the inner loop at this k for models that adapt."""
-    if model in ("pixels", "protonet"):
+    """Return what else decides a result: mirror images, and the inner loop at this k for models that adapt."""
+    mirror = {"mirror": True} if cfg.mirror else {}
+    if model == "pixels":
         return {}
+    if model == "protonet":
+        return mirror
     trained = checkpoint["config"]
     settings = {"output_init": trained.get("output_init", "prototypes"), "batchnorm": trained.get("batchnorm", "batch")}
     for name in ("num_inner_steps", "lr_inner", "lr_output"):
         values = (in_domain and getattr(cfg, f"domain_{name}")) or getattr(cfg, name) or (trained[name],)
         settings[name] = values[position] if len(values) > 1 else values[0]
-    return {**settings, "max_support_sets": cfg.max_support_sets}
+    return {**settings, **mirror, "max_support_sets": cfg.max_support_sets}
 
 
-def prepare_test(model, path, checkpoint, image_set, device):
+def prepare_test(model, path, checkpoint, image_set, device, mirror):
     """Return the function (sets, settings, progress) -> accuracies [S] of a model on a data set."""
     image_set = image_set.to(device)
     n_way = len(image_set.class_names)
@@ -207,11 +211,11 @@ def prepare_test(model, path, checkpoint, image_set, device):
     if model in ("protomaml", "maml"):
 
         def accuracies_of(sets, settings, progress):
-            inner_loop = {name: value for name, value in settings.items() if name != "max_support_sets"}
-            return adapted_accuracies(encoder, images, image_set.labels, sets, n_way, inner_loop, progress)
+            inner_loop = {name: value for name, value in settings.items() if name not in ("mirror", "max_support_sets")}
+            return adapted_accuracies(encoder, images, image_set.labels, sets, n_way, inner_loop, progress, mirror)
 
         return accuracies_of
-    features = images.flatten(1) if model == "pixels" else encode_in_batches(encoder, images)  # [N, D]
+    features = images.flatten(1) if model == "pixels" else encode_in_batches(encoder, images, mirror=mirror)  # [N, D]
     return lambda sets, settings, progress: nearest_prototype_accuracies(features, image_set.labels, sets, n_way, progress)
 
 
@@ -238,6 +242,7 @@ def draw_figures(cfg, data, split, tested, rows):
         of_set = [row for row in rows if row["dataset"] == image_set.name]
         models = [model for model in ("pixels", *MODEL_NAMES) if any(row["model"] == model for row in of_set)]
         title = f"{'All' if image_set is not tested[0] else 'Test' if cfg.classes == 'test' else 'Validation'} classes of {image_set.name}"
+        title += ", mirrored" if cfg.mirror else ""
         plot_accuracy_over_k(of_set, models, title, where(f"models_{image_set.name}"))
         if image_set is tested[0] and "protonet" in models:
             plot_accuracy_over_k(of_set, ["protonet"], f"ProtoNet: {title.lower()}", where(f"protonet_{image_set.name}"))

@@ -73,6 +73,16 @@ def make_encoder(proto_dim=64, growth_rate=32, block_config=(6, 6, 6, 6), bn_siz
 
 
 @torch.no_grad()
-def encode_in_batches(encoder, images, batch_size=250):
-    """Return the features [N, D] of images [N, 3, H, W] (normalised), in whatever mode the encoder is in."""
+def encode_in_batches(encoder, images, batch_size=250, mirror=False):
+    """Return the features [N, D] of images [N, 3, H, W] (normalised), in whatever mode the encoder is in.
+
+    mirror: the mean of the features of an image and of its mirror image.
+    """
+    if mirror:
+        return torch.cat([encoder(with_mirror_images(batch)).unflatten(0, (-1, 2)).mean(dim=1) for batch in images.split(batch_size)])
     return torch.cat([encoder(batch) for batch in images.split(batch_size)])
+
+
+def with_mirror_images(images):
+    """Return images [N, 3, H, W] as [2 N, 3, H, W], each followed by its mirror image."""
+    return torch.stack([images, images.flip(-1)], dim=1).flatten(0, 1)

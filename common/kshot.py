@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from scipy import stats
 
 from common.config import UserError
+from common.encoder import with_mirror_images
 from common.inner_loop import adapt, inner_step
 from common.launch import Captured, SideBySide
 from common.prototypes import make_prototypes, prototype_head
@@ -54,32 +55,38 @@ def nearest_prototype_accuracies(features, labels, sets, n_way, progress=iter):
     return torch.tensor(accuracies, dtype=torch.float64)
 
 
-def adapted_accuracies(encoder, images, labels, sets, n_way, inner_loop, progress=iter, batch_size=0, captured=None):
+def adapted_accuracies(encoder, images, labels, sets, n_way, inner_loop, progress=iter, mirror=False, batch_size=0, captured=None):
     """Return the accuracy of each support set, float64 [S], of a copy of the encoder adapted to that support set.
 
     images [N, 3, H, W], normalised; inner_loop: the keyword arguments of `adapt` (num_inner_steps, lr_inner, ...).
-    progress wraps the support sets, to show how far it is. The queries see the copy in eval mode. Several support sets
-    are adapted side by side; captured: their inner step as one CUDA graph (None: on CUDA). Raises UserError where an
-    adaptation diverges.
+    progress wraps the support sets, to show how far it is. mirror: the support set is learned with its mirror images, and
+    a query's logits are the means of its own and its mirror image's. The queries see the copy in eval mode. Several
+    support sets are adapted side by side; captured: their inner step as one CUDA graph (None: on CUDA). Raises UserError
+    where an adaptation diverges.
     """
     workers = SideBySide(images.device, len(sets))
     copies = [deepcopy(encoder) for _ in range(workers.count)]
     batch_size = batch_size or (500 if images.device.type == "cpu" else 2000)
-    sets, y_spt = sets.to(images.device), episode_labels(n_way, sets.shape[1] // n_way, images.device)
+    sets, views = sets.to(images.device), 2 if mirror else 1
+    y_spt = episode_labels(n_way, sets.shape[1] // n_way * views, images.device)
+
+    def see(batch):
+        return with_mirror_images(batch) if mirror else batch
 
     def adapted(support, worker):
-        return adapt(encoder, images[support], y_spt, n_way, local=copies[worker], attached=False, **inner_loop)
+        return adapt(encoder, see(images[support]), y_spt, n_way, local=copies[worker], attached=False, **inner_loop)
 
     def accuracy(support, local, weight, bias):
         local.eval()
         with torch.no_grad():
-            logits = torch.cat([F.linear(local(batch), weight, bias) for batch in images.split(batch_size)])
+            logits = torch.cat([F.linear(local(see(batch)), weight, bias) for batch in images.split(batch_size)])
+            logits = logits.unflatten(0, (-1, views)).mean(dim=1)
         if not logits.isfinite().all():
             raise UserError(f"the adaptation to a support set of {len(support)} images diverged; pass a smaller --lr_inner or fewer --num_inner_steps")
         return _share_correct(logits, labels, support)
 
     if images.is_cuda if captured is None else captured:
-        models = _adapt_captured(encoder, images, y_spt, sets, n_way, inner_loop, workers, copies)
+        models = _adapt_captured(encoder, lambda support: see(images[support]), y_spt, sets, n_way, inner_loop, workers, copies)
         accuracies = (accuracy(*model) for model in models)
     else:
         accuracies = workers.run(lambda support, worker: accuracy(support, *adapted(support, worker)), sets)
@@ -87,7 +94,7 @@ def adapted_accuracies(encoder, images, labels, sets, n_way, inner_loop, progres
     return torch.tensor([each for _, each in zip(progress(sets), accuracies)], dtype=torch.float64)
 
 
-def _adapt_captured(encoder, images, y_spt, sets, n_way, inner_loop, workers, copies):
+def _adapt_captured(encoder, images_of, y_spt, sets, n_way, inner_loop, workers, copies):
     """Yield (support, local, weight, bias) for each support set; as many as there are workers learn in one CUDA graph."""
     start = {**inner_loop, "num_inner_steps": 0, "attached": False, "share_first_pass": False}
     rates = inner_loop["lr_inner"], inner_loop["lr_output"]
@@ -98,10 +105,10 @@ def _adapt_captured(encoder, images, y_spt, sets, n_way, inner_loop, workers, co
         inner_step(copies[number], weight, bias, x_spt, y_spt, *rates)
         return weight.detach()
 
-    step = Captured(lambda: tuple(workers.run(one_step, range(len(states)))), images.device)
+    step = Captured(lambda: tuple(workers.run(one_step, range(len(states)))), y_spt.device)
     for group in sets.split(workers.count):
         for number, support in enumerate(group):
-            x_spt = images[support]
+            x_spt = images_of(support)
             _, weight, bias = adapt(encoder, x_spt, y_spt, n_way, local=copies[number], **start)
             if number == len(states):
                 states.append([x_spt, weight.requires_grad_(), bias.requires_grad_()])

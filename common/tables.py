@@ -60,7 +60,7 @@ def write_tables(rows, failures, folder):
 def _cells(rows):
     for row in rows:
         yield (
-            MODEL_NAMES.get(row["model"], row["model"]),
+            MODEL_NAMES.get(row["model"], row["model"]) + (", mirrored" if row["settings"].get("mirror") else ""),
             row["dataset"] + (" (val)" if row["classes"] == "val" else ""),
             str(row["k_shot"]),
             _percent(row["accuracy"]),

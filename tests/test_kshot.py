@@ -113,19 +113,23 @@ def images_of(labels, seed=0):
 INNER_LOOP = {"num_inner_steps": 3, "lr_inner": 0.05, "lr_output": 0.02, "output_init": "prototypes"}
 
 
+@pytest.mark.parametrize("mirror", [True, False])
 @pytest.mark.parametrize("captured", [True, False])  # True: the code path of a GPU, with nothing recorded
 @pytest.mark.parametrize("output_init", ["prototypes", "zeros"])
 @pytest.mark.parametrize("sizes, k_shot", [([7, 7, 7], 3), ([4, 6, 5], 1), ([4, 6, 5], 2)])
-def test_adapted_accuracies_equal_adaptation_by_hand_of_one_set_after_another(sizes, k_shot, output_init, captured):
+def test_adapted_accuracies_equal_adaptation_by_hand_of_one_set_after_another(sizes, k_shot, output_init, captured, mirror):
     labels, encoder = labels_of(sizes), small_encoder()
     images = images_of(labels)
     options = {**INNER_LOOP, "output_init": output_init}
-    found = adapted_accuracies(encoder, images, labels, support_sets(labels, k_shot, NAMES[: len(sizes)]), len(sizes), options, captured=captured)
+    sets = support_sets(labels, k_shot, NAMES[: len(sizes)])
+    found = adapted_accuracies(encoder, images, labels, sets, len(sizes), options, captured=captured, mirror=mirror)
 
     expected = []
     for chunk in chunks_by_hand(labels, k_shot):
         rows = [row for of_class in chunk for row in of_class]
         x_spt, y_spt = images[rows], labels[rows]
+        if mirror:
+            x_spt, y_spt = torch.cat([x_spt, x_spt.flip(3)]), torch.cat([y_spt, y_spt])
         model = deepcopy(encoder).train()
         with torch.no_grad():
             v = torch.stack([deepcopy(model)(x_spt)[y_spt == c].mean(dim=0) for c in range(len(sizes))])
@@ -140,7 +144,8 @@ def test_adapted_accuracies_equal_adaptation_by_hand_of_one_set_after_another(si
             optimizer.step()
         model.eval()
         queries = [row for row in range(len(labels)) if row not in rows]
-        right = [int(head(model(images[row : row + 1])).argmax() == labels[row]) for row in queries]
+        views = [images, images.flip(3)] if mirror else [images]
+        right = [int(sum(head(model(view[row : row + 1])) for view in views).argmax() == labels[row]) for row in queries]
         expected.append(sum(right) / len(right))
     assert found.tolist() == pytest.approx(expected, abs=1e-12)
 

@@ -164,7 +164,8 @@ def test_a_second_run_reuses_every_result_and_says_so(tested, trained, glyph_dir
 @pytest.mark.parametrize(
     ("option", "reused"),
     # Nearest prototypes know no such setting, so the results of ProtoNet and of pixels stay; all four models keep those of k = 2.
-    [("--max_support_sets=2", 4), ("--num_inner_steps=2", 4), ("--lr_inner=0.05", 4), ("--k_shots=2,3", 4)],
+    # Mirror images change all but pixels.
+    [("--max_support_sets=2", 4), ("--num_inner_steps=2", 4), ("--lr_inner=0.05", 4), ("--k_shots=2,3", 4), ("--mirror=true", 2)],
 )
 def test_results_of_other_settings_are_not_reused(option, reused, tested, trained, glyph_dir, tmp_path, capsys):
     folder = copied(tested, tmp_path)
@@ -172,6 +173,9 @@ def test_results_of_other_settings_are_not_reused(option, reused, tested, traine
     assert capsys.readouterr().out.count("reused") == reused
     if option.startswith("--max"):
         assert {row["num_support_sets"] for row in rows_of(folder) if "maml" in row["model"]} == {2}
+    if option.startswith("--mirror"):
+        names = {line.split(" | ")[0] for line in (folder / "accuracy.md").read_text().splitlines() if " glyphs " in line}
+        assert names == {"| pixels", "| ProtoNet, mirrored", "| ProtoMAML, mirrored", "| MAML, mirrored"}
 
 
 def test_unseen_domains_may_have_an_inner_loop_of_their_own(tested, trained, glyph_dir, tmp_path, capsys):
