@@ -82,6 +82,17 @@ def encoder_of(checkpoint, path):
     return encoder.eval()
 
 
+def load_encoder(path, split):
+    """Return the encoder in `path`, on the CPU, in eval mode, and the arguments that make_encoder needs to build it again.
+
+    Raises UserError where its training classes are not those of this split: it may have seen the ones held out here.
+    """
+    checkpoint = load_checkpoint(path)
+    if checkpoint["class_split"] not in ({}, split):
+        raise UserError(f"{path} was trained on other classes than this run; start from a checkpoint of the same data set")
+    return encoder_of(checkpoint, path), checkpoint["encoder"]
+
+
 class TrainingRun:
     """The state of one training run, kept on disk: weights, optimizer, random numbers, curves, best epoch.
 
@@ -146,8 +157,11 @@ class TrainingRun:
         self.sums[:2] += torch.stack([loss.detach(), accuracy]).to(self.sums.dtype)
         self.sums[2] += torch.isfinite(self.sums[0])
 
-    def end_epoch(self, lr, val_loss, val_accuracy):
-        """Record an epoch with its validation, write best, last and CSV, and print one line."""
+    def end_epoch(self, lr, val_loss, val_accuracy, tested=None):
+        """Record an epoch with its validation, write best, last and CSV, and print one line.
+
+        tested: the encoder that was validated and may be the best, where that is not the one in training.
+        """
         train_loss, train_accuracy = self._means()
         if not math.isfinite(val_loss):
             raise UserError(f"the validation loss became {val_loss} after epoch {self.epoch + 1}, step {self.step}; {self._advice()}")
@@ -166,7 +180,7 @@ class TrainingRun:
         # `last` comes last: were the run killed before, it would still lie before this epoch, and the epoch be done again.
         if self.best is None or val_accuracy > self.best["val_accuracy"]:
             self.best = row
-            save_checkpoint(self.best_path, self._contents(row))
+            save_checkpoint(self.best_path, self._contents(row, tested))
         self._write_csv()
         self._save_last()
         print(
@@ -236,7 +250,7 @@ class TrainingRun:
         # Lists, as a checkpoint gives them back.
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
-    def _contents(self, row):
+    def _contents(self, row, encoder=None):
         return {
             "format": FORMAT,
             "model": self.model,
@@ -245,7 +259,7 @@ class TrainingRun:
             "epoch": self.epoch,
             "val_accuracy": row["val_accuracy"] if row else None,
             # On the CPU, so that torch.load reads the file where there is no GPU.
-            "state_dict": {name: tensor.cpu() for name, tensor in self.encoder.state_dict().items()},
+            "state_dict": {name: tensor.cpu() for name, tensor in (encoder or self.encoder).state_dict().items()},
             **self.extras,
         }
 

@@ -1,5 +1,7 @@
 """The DenseNet encoder: torchvision's layers and weights, run through in fewer operations."""
 
+from copy import deepcopy
+
 import torch
 import torch.nn.functional as F
 from torchvision.models import DenseNet
@@ -70,6 +72,24 @@ def make_encoder(proto_dim=64, growth_rate=32, block_config=(6, 6, 6, 6), bn_siz
     """
     encoder = Encoder(proto_dim, growth_rate, block_config, bn_size, num_init_features, unit_features)
     return encoder.to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def with_principal_features(encoder, images):
+    """Return a copy, in eval mode, whose last layer keeps the principal directions of what comes before it.
+
+    Trained to tell classes apart, the last layer drops what these do not need and new ones may. The directions are those
+    along which the unit vectors before it are longest in square mean, over images [N, 3, H, W] (normalised); where the
+    layer is wider than its input the rest is zero. For encoders with unit_features.
+    """
+    encoder = deepcopy(encoder).eval()
+    last, encoder.classifier = encoder.classifier, torch.nn.Identity()
+    inputs = F.normalize(encode_in_batches(encoder, images)).cpu().double()  # [N, C]; not every device has float64
+    directions = torch.linalg.svd(inputs, full_matrices=False).Vh[: last.out_features]  # [D, C]
+    last.weight.zero_()[: len(directions)] = directions.to(last.weight)
+    last.bias.zero_()
+    encoder.classifier = last
+    return encoder
 
 
 @torch.no_grad()

@@ -1,12 +1,14 @@
 """The encoder: its size, its outputs, where its weights come from."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torchvision.models import DenseNet
 
 from common.data import SMALLEST_IMAGE
-from common.encoder import conv3x3, encode_in_batches, make_encoder, pointwise, with_mirror_images
+from common.encoder import conv3x3, encode_in_batches, make_encoder, pointwise, with_mirror_images, with_principal_features
 
 SMALL = {"proto_dim": 8, "growth_rate": 4, "block_config": (2, 2, 2, 2), "num_init_features": 8}
 
@@ -99,6 +101,27 @@ def test_each_image_is_followed_by_its_mirror_image():
     assert with_mirror_images(images)[:, 0].tolist() == [
         [[0, 1, 2], [3, 4, 5]], [[2, 1, 0], [5, 4, 3]], [[6, 7, 8], [9, 10, 11]], [[8, 7, 6], [11, 10, 9]],
     ]  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("proto_dim", [3, 40])  # fewer and more than the layer before has
+def test_principal_features_keep_what_any_projection_of_that_size_can(proto_dim):
+    torch.manual_seed(0)
+    encoder = make_encoder(**{**SMALL, "proto_dim": proto_dim}, unit_features=True).train()
+    images, before = torch.randn(50, 3, 32, 32), deepcopy(encoder.state_dict())
+    found = with_principal_features(encoder, images)
+    assert encoder.training and not found.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
+
+    plain = deepcopy(encoder).eval()
+    plain.classifier = torch.nn.Identity()
+    inputs = F.normalize(plain(images))  # [50, C]
+    kept, bias = inputs @ found.classifier.weight.T, found.classifier.bias
+    assert found.classifier.weight.shape == encoder.classifier.weight.shape and not bias.any()
+    torch.testing.assert_close(found(images), F.normalize(kept) * encoder.log_scale.exp())
+    # Eckart and Young: the sum of squares that is left is that of the singular values that were left out.
+    left = torch.linalg.svdvals(inputs.double())[proto_dim:].square().sum().item()
+    assert (inputs.square().sum() - kept.square().sum()).item() == pytest.approx(left, abs=1e-3)
 
 
 def test_encoding_keeps_the_mode_of_the_encoder():

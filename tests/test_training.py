@@ -78,6 +78,68 @@ def test_a_start_from_other_classes_is_refused(glyph_dir, tmp_path):
     torch.save(checkpoint, path)
     with pytest.raises(UserError, match="other classes"):
         train(train_protomaml, glyph_dir, tmp_path, f"--init_from={path}")
+    with pytest.raises(UserError, match="other classes"):
+        train(train_protonet, glyph_dir, tmp_path / "new", f"--teacher={path}", "--pretrain_epochs=1")
+    assert not (tmp_path / "new").exists()
+
+
+CLASSIFY = ["--pretrain_epochs=1", "--unit_features=true", "--batch_size=16", "--steps_per_epoch=3"]
+
+
+def test_the_teachers_share_of_the_loss_is_cross_entropy_with_its_probabilities(glyph_dir, tmp_path, monkeypatch):
+    train(train_protonet, glyph_dir, tmp_path / "teacher", *CLASSIFY)
+    teacher = f"--teacher={tmp_path / 'teacher' / 'glyphs' / 'protonet.pt'}"
+    seen, losses, cross_entropy = [], [], torch.nn.functional.cross_entropy
+
+    def watch(logits, target, **options):
+        seen.append((logits.detach(), target, options))
+        return cross_entropy(logits, target, **options)
+
+    monkeypatch.setattr(train_protonet.F, "cross_entropy", watch)
+    track = train_protonet.TrainingRun.track
+    monkeypatch.setattr(train_protonet.TrainingRun, "track", lambda run, loss, accuracy: (losses.append(loss), track(run, loss, accuracy)))
+    monkeypatch.setattr(train_protonet, "validate", lambda *arguments: (0.0, 0.0))
+    train(train_protonet, glyph_dir, tmp_path, *CLASSIFY, teacher, "--teacher_share=0.3", "--teacher_temperature=3")
+    for step, loss in enumerate(losses):
+        (logits, labels, options), (same, taught, _) = seen[2 * step : 2 * step + 2]
+        assert torch.equal(logits, same) and options == {"label_smoothing": 0.1}
+        assert torch.allclose(taught.sum(dim=1), torch.ones(len(labels))) and taught.max() < 1 and not taught.requires_grad
+        by_hand = -(taught * logits.log_softmax(dim=1)).sum(dim=1).mean()
+        assert loss == pytest.approx(0.7 * cross_entropy(logits, labels, label_smoothing=0.1).item() + 0.3 * by_hand.item(), rel=1e-5)
+    assert len(losses) == 3
+
+
+def test_mean_features_are_the_means_of_the_images_of_each_class(glyph_dir):
+    encoder = train_protonet.make_encoder(proto_dim=4).eval()
+    glyphs = train_protonet.load_dataset("glyphs", str(glyph_dir))
+    mean, std = (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)
+    found = train_protonet.mean_features(encoder, glyphs, mean, std)
+    with torch.no_grad():
+        images = train_protonet.normalize(glyphs.images[glyphs.labels == 3], mean, std)
+        assert torch.allclose(found[3], encoder(images).mean(dim=0), atol=1e-5)
+    assert found.shape == (len(glyphs.class_names), 4)
+
+
+def test_principal_features_are_what_is_validated_and_kept_and_the_run_goes_on_with_its_own(glyph_dir, tmp_path):
+    train(train_protonet, glyph_dir, tmp_path, *CLASSIFY, "--principal_features=true")
+    best, last = (load_checkpoint(tmp_path / "glyphs" / name)["state_dict"] for name in ("protonet.pt", "protonet_last.pt"))
+    assert [name for name in best if not torch.equal(best[name], last[name])] == ["classifier.weight", "classifier.bias"]
+    directions = best["classifier.weight"]
+    assert torch.allclose(directions @ directions.T, torch.eye(len(directions)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"teacher": "some.pt"}, "--pretrain_epochs"),
+        ({"teacher": "checkpoints/../checkpoints/cifar100/protonet.pt", "pretrain_epochs": 1}, "overwrite"),
+        ({"principal_features": True, "pretrain_epochs": 200}, "--unit_features"),
+        ({"principal_features": True, "unit_features": True, "pretrain_epochs": 199}, "--pretrain_epochs"),
+    ],
+)
+def test_options_of_the_classification_that_would_do_nothing_or_harm_are_refused(options, words):
+    with pytest.raises(UserError, match=words):
+        train_protonet.Config(**options)
 
 
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
