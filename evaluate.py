@@ -9,7 +9,7 @@ Writes accuracy.json, .csv and .md and the figures into results/. What is alread
 and settings is not computed again.
 
 On 2 CPU cores a ProtoNet's complete test on CIFAR-100 and one domain takes 20 s. An adaptation of 200 steps takes about
-50 s at k = 32, so test ProtoMAML there on some support sets: the glyphs line takes under 4 minutes.
+50 s at k = 32, so test ProtoMAML there on some support sets: the glyphs line takes about 5 minutes.
 """
 
 import hashlib
