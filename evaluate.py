@@ -1,20 +1,23 @@
 """Test trained models: accuracy on new classes after seeing k images of each; tables and figures.
 
-    python evaluate.py                                          the checkpoints in checkpoints/cifar100, and SVHN as unseen domain
-    python evaluate.py --dataset=glyphs --num_inner_steps=30 --max_support_sets=4   the built-in data set, nothing to download
-    python evaluate.py --protonet=FILE --domains=mnist          one checkpoint of yours, or of the tutorial's author
-    python evaluate.py --max_support_sets=10                    fewer adaptations of ProtoMAML and MAML, for a slow machine
+    python evaluate.py --dataset=glyphs --recipe=quick   the built-in data set, nothing to download
+    python evaluate.py                                   CIFAR-100 and SVHN, as in the tutorial
+    python evaluate.py --recipe=best                     CIFAR-100 and MNIST, as in the README
+    python evaluate.py --protonet=FILE --domains=mnist   one checkpoint of yours, or the tutorial's
 
-Writes accuracy.json, .csv and .md and the figures into results/. What is already there for the same checkpoint, data
-and settings is not computed again.
+Writes accuracy.json, .csv and .md and the figures into results/. What is already there for the same
+checkpoint, data and settings is not computed again.
 
-On 2 CPU cores a ProtoNet's complete test on CIFAR-100 and one domain takes 20 s. An adaptation of 200 steps takes about
-50 s at k = 32, so test ProtoMAML there on some support sets: the glyphs line takes about 5 minutes.
+On 2 CPU cores the first line takes about 5 minutes. A complete test by nearest prototype takes
+20 s; ProtoMAML and MAML adapt to every support set, which takes hours, or to few of them with
+--recipe=quick.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
+import time
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,42 +25,53 @@ import torch
 from tqdm import tqdm
 
 from common.checkpoint import MODEL_NAMES, encoder_of, load_checkpoint
-from common.config import LARGEST_RATE, UserError, require_at_least, require_at_most, require_one_of, require_positive, run_script
+from common.config import UserError, require, require_one_of, run_script
 from common.data import load_dataset, normalize, split_classes
 from common.device import pick_device
 from common.encoder import encode_in_batches
 from common.figures import plot_accuracy_over_k, plot_episode, plot_examples
 from common.files import sha256, write_text
-from common.kshot import adapted_accuracies, nearest_prototype_accuracies, summarize, support_sets
+from common.inner_loop import InnerLoop
+from common.kshot import (
+    adapted_accuracies,
+    nearest_prototype_accuracies,
+    summarize,
+    support_sets,
+)
 from common.samplers import FewShotBatchSampler
 from common.tables import text_table, write_tables
 
-PROTOCOL = 1  # version of the test: a change of it makes kept results useless
+PROTOCOL = 1  # version of the test: results of another version are not reused
 DEFAULT_DOMAINS = {"cifar100": ("svhn",), "glyphs": ("glyph_digits",)}
+ADAPTING = ("maml", "protomaml")  # the other models classify by nearest prototype
 
 
 @dataclass
 class Config:
+    # recipe
+    recipe: str = "tutorial"  # tutorial (the values below), quick or best: see RECIPES; options win
     # data
-    dataset: str = "cifar100"  # data set that the models were trained on; its test classes are tested first
-    domains: tuple[str, ...] = ("auto",)  # further data sets, tested on all their classes; auto: svhn for cifar100, glyph_digits for glyphs
+    dataset: str = "cifar100"  # the models' training data set; its test classes are tested first
+    domains: tuple[str, ...] = ("auto",)  # unseen data sets, tested on all classes; auto: its own
     data_dir: str = os.environ.get("PATH_DATASETS", "data")  # folder of the data sets
     # models
-    checkpoint_dir: str = "checkpoints"  # the checkpoints in <checkpoint_dir>/<dataset>/ are tested, unless files are named:
+    checkpoint_dir: str = "checkpoints"  # its <dataset> folder is tested, unless files are named:
+    classifier: str = ""  # checkpoint of a classifier
     protonet: str = ""  # checkpoint of a ProtoNet
-    protomaml: str = ""  # checkpoint of a ProtoMAML
     maml: str = ""  # checkpoint of a MAML
+    protomaml: str = ""  # checkpoint of a ProtoMAML
     # test
-    classes: str = "test"  # held-out classes of the data set: test for the final table, val to choose settings on
+    classes: str = "test"  # held-out classes: test for the final table, val to choose settings on
     k_shots: tuple[int, ...] = (2, 4, 8, 16, 32)  # support images per class, one test for each
-    num_inner_steps: tuple[int, ...] = (200,)  # SGD steps of ProtoMAML and MAML on a support set; one number, or one per k
-    lr_inner: tuple[float, ...] = ()  # their learning rate for the encoder; one, or one per k; empty: as in training
-    lr_output: tuple[float, ...] = ()  # their learning rate for the output layer; one, or one per k; empty: as in training
-    domain_num_inner_steps: tuple[int, ...] = ()  # the same three for unseen domains, which lie further off; empty: as above
-    domain_lr_inner: tuple[float, ...] = ()  # one, or one per k
-    domain_lr_output: tuple[float, ...] = ()  # one, or one per k
-    mirror: bool = False  # see every image together with its mirror image: features, and logits after adaptation, are means
-    max_support_sets: int = 0  # support sets per k for ProtoMAML and MAML, spread evenly; 0: all
+    mirror: bool = False  # average features, or logits after adaptation, with the mirror image's
+    # inner loop of MAML and ProtoMAML
+    num_inner_steps: tuple[int, ...] = (200,)  # SGD steps on a support set; one, or one per k
+    lr_inner: tuple[float, ...] = ()  # learning rate for the encoder; empty: as in training
+    lr_output: tuple[float, ...] = ()  # learning rate for the output layer; empty: as in training
+    domain_num_inner_steps: tuple[int, ...] = ()  # the same for unseen domains; empty: as above
+    domain_lr_inner: tuple[float, ...] = ()  # the same for unseen domains; empty: as above
+    domain_lr_output: tuple[float, ...] = ()  # the same for unseen domains; empty: as above
+    max_support_sets: int = 0  # support sets per k, evenly spread; 0: all
     # run
     device: str = "auto"  # auto, cuda, mps or cpu
     results_dir: str = "results"  # where tables and figures go
@@ -65,23 +79,54 @@ class Config:
     def __post_init__(self):
         inner_loop = ("num_inner_steps", "lr_inner", "lr_output")
         in_domains = tuple(f"domain_{name}" for name in inner_loop)
-        require_at_least(self, 1, "k_shots", "num_inner_steps", "domain_num_inner_steps")
-        require_at_least(self, 0, "max_support_sets")
-        require_positive(self, *inner_loop[1:], *in_domains[1:])
-        require_at_most(self, LARGEST_RATE, *inner_loop[1:], *in_domains[1:])
+        require(self, "k_shots", "num_inner_steps", "domain_num_inner_steps", least=1)
+        require(self, "max_support_sets", least=0)
+        require(self, *inner_loop[1:], *in_domains[1:], above=0)
         require_one_of(self, "classes", ("test", "val"))
         for name in (*inner_loop, *in_domains):
-            found = len(getattr(self, name))
-            if found not in (1, len(self.k_shots)) and (found or name == "num_inner_steps"):
-                raise UserError(f"{name} has {found} numbers for {len(self.k_shots)} values of k; pass one number, or one for each k")
+            count = len(getattr(self, name))
+            if count not in (1, len(self.k_shots)) and (count or name == "num_inner_steps"):
+                raise UserError(
+                    f"{name} has {count} numbers for {len(self.k_shots)} values of k; pass one "
+                    "number, or one for each k"
+                )
         for name in ("k_shots", "domains"):
             values = getattr(self, name)
             if len(set(values)) < len(values) or (name == "k_shots" and not values):
-                raise UserError(f"{name} is {','.join(map(str, values)) or 'empty'}; name each value once, --k_shots=2,4,8 for example")
+                found = ",".join(map(str, values)) or "empty"
+                raise UserError(
+                    f"{name} is {found}; name each value once, --k_shots=2,4,8 for example"
+                )
         if "auto" in self.domains and len(self.domains) > 1:
-            raise UserError(f"domains is {','.join(self.domains)}, but auto stands alone; name the data sets instead")
+            found = ",".join(self.domains)
+            raise UserError(
+                f"domains is {found}, but auto stands alone; name the data sets instead"
+            )
         if self.dataset in self.domains:
-            raise UserError(f"{self.dataset} is the data set of the training classes and cannot be an unseen domain; take it out of --domains")
+            raise UserError(
+                f"{self.dataset} is the data set of the training classes and cannot be an unseen "
+                "domain; take it out of --domains"
+            )
+
+
+RECIPES = {
+    "tutorial": {},
+    # A few minutes on a CPU; made the tables in results/glyphs.
+    "quick": {"num_inner_steps": (30,), "max_support_sets": 4},
+    # Made the tables in results/cifar100. Chosen on the validation classes and on glyph_digits; see
+    # docs/experiments.md.
+    "best": {
+        "domains": ("mnist",),
+        "num_inner_steps": (10, 10, 10, 10, 200),
+        "lr_inner": (0.0001, 0.0001, 0.0001, 0.0001, 0.004),
+        "lr_output": (0.02, 0.02, 0.02, 0.02, 0.004),
+        "domain_num_inner_steps": (20, 20, 200, 200, 200),
+        "domain_lr_inner": (0.004, 0.004, 0.02, 0.02, 0.02),
+        "domain_lr_output": (0.02,),
+        "max_support_sets": 6,
+        "results_dir": "results/cifar100",
+    },
+}
 
 
 def main(cfg):
@@ -90,21 +135,22 @@ def main(cfg):
     data = load_dataset(cfg.dataset, cfg.data_dir)
     split = common_split(checkpoints, data)
 
-    domains = DEFAULT_DOMAINS.get(cfg.dataset, ()) if cfg.domains == ("auto",) else cfg.domains
-    tested = [data.of_classes(split[cfg.classes])]
+    auto = cfg.domains == ("auto",)
+    domains = DEFAULT_DOMAINS.get(cfg.dataset, ()) if auto else cfg.domains
+    image_sets = [data.of_classes(split[cfg.classes])]
     failures = {}
     for domain in domains:
         try:
-            tested.append(load_dataset(domain, cfg.data_dir))
+            image_sets.append(load_dataset(domain, cfg.data_dir))
         except UserError as error:  # the rest is worth having
             failures[domain] = str(error)
-    for image_set in tested:
-        for k_shot in cfg.k_shots:
-            support_sets(image_set.labels, k_shot, image_set.class_names)  # raises now rather than after an hour
+    for image_set in image_sets:
+        for k_shot in cfg.k_shots:  # raises now rather than after an hour
+            support_sets(image_set.labels, k_shot, image_set.class_names)
 
     rows = []
-    for image_set in tested:
-        classes = cfg.classes if image_set is tested[0] else "all"
+    for image_set in image_sets:
+        classes = cfg.classes if image_set is image_sets[0] else "all"
         for model, (path, checkpoint) in checkpoints.items():
             rows += test_model(cfg, model, path, checkpoint, image_set, classes, device)
         # Nearest class mean on the normalised pixels: what is to be had without learning.
@@ -113,41 +159,56 @@ def main(cfg):
 
     print(text_table(rows, failures))
     write_tables(rows, failures, cfg.results_dir)
-    draw_figures(cfg, data, split, tested, rows)
+    draw_figures(cfg, data, split, image_sets, rows)
     print(f"tables and figures: {cfg.results_dir}{os.sep}")
     return 1 if failures else 0
 
 
 def load_checkpoints(cfg):
-    """Return {model: (path, checkpoint)} of the named files, or of those in the data set's checkpoint folder."""
+    """Return {model: (path, checkpoint)} of the named files, or of the data set's folder."""
     named = {model: getattr(cfg, model) for model in MODEL_NAMES if getattr(cfg, model)}
     folder = os.path.join(cfg.checkpoint_dir, cfg.dataset)
-    at_hand = {model: os.path.join(folder, f"{model}.pt") for model in MODEL_NAMES}
-    paths = named or {model: path for model, path in at_hand.items() if os.path.exists(path)}
+    in_folder = {model: os.path.join(folder, f"{model}.pt") for model in MODEL_NAMES}
+    paths = named or {model: path for model, path in in_folder.items() if os.path.exists(path)}
     if not paths:
-        raise UserError(f"found no checkpoint in {folder}; train one first (python train_protonet.py --dataset={cfg.dataset}) or name a file (--protonet=FILE)")
+        raise UserError(
+            f"found no checkpoint in {folder}; train one first (python train_protonet.py "
+            f"--dataset={cfg.dataset}) or name a file (--protonet=FILE)"
+        )
     checkpoints = {model: (path, load_checkpoint(path)) for model, path in paths.items()}
     for model, (path, checkpoint) in checkpoints.items():
-        if checkpoint["model"] != model:
-            raise UserError(f"{path} holds a {checkpoint['model']}, not a {model}; pass it as --{checkpoint['model']}={path}")
-        if checkpoint["dataset"] != cfg.dataset:
-            raise UserError(f"{path} was trained on {checkpoint['dataset']}; pass --dataset={checkpoint['dataset']}")
+        if (found := checkpoint["model"]) != model:
+            raise UserError(f"{path} holds a {found}, not a {model}; pass it as --{found}={path}")
+        if (trained_on := checkpoint["dataset"]) != cfg.dataset:
+            raise UserError(f"{path} was trained on {trained_on}; pass --dataset={trained_on}")
         encoder_of(checkpoint, path)
     return checkpoints
 
 
 def common_split(checkpoints, data):
-    """Return the class split that the checkpoints carry; the tutorial's files carry none and were trained on the default one."""
-    splits = {path: checkpoint["class_split"] or split_classes(data.class_names) for path, checkpoint in checkpoints.values()}
+    """Return the class split that the checkpoints carry, which must be the same in all.
+
+    The tutorial's files carry none: they were trained on the default one.
+    """
+    default = split_classes(data.class_names)
+    splits = {
+        path: checkpoint["class_split"] or default for path, checkpoint in checkpoints.values()
+    }
     (first_path, first), *others = splits.items()
     for path, split in others:
         if split != first:
-            raise UserError(f"{first_path} and {path} were trained on different classes, so one table cannot hold both; test them one at a time")
+            raise UserError(
+                f"{first_path} and {path} were trained on different classes, so one table cannot "
+                "hold both; test them one at a time"
+            )
     return first
 
 
 def test_model(cfg, model, path, checkpoint, image_set, classes, device):
-    """Return one result row per k; each is kept on disk as soon as it is there, and reused by the next run."""
+    """Return one result row per k.
+
+    Each is kept on disk as soon as it is there, and reused by the next run.
+    """
     identity = {
         "protocol": PROTOCOL,
         "model": model,
@@ -157,70 +218,133 @@ def test_model(cfg, model, path, checkpoint, image_set, classes, device):
         "checkpoint_sha256": None if model == "pixels" else sha256(path),
         "data_sha256": image_set.digest(),
     }
-    accuracies_of = None  # made on first use: reading results that are there needs no features
-    rows = []
+    rows, missing = {}, {}
     for position, k_shot in enumerate(cfg.k_shots):
-        identity["k_shot"] = k_shot
-        identity["settings"] = settings = test_settings(cfg, model, checkpoint, position, in_domain=classes == "all")
-        key = hashlib.sha256(json.dumps([identity, checkpoint["mean"], checkpoint["std"]], sort_keys=True).encode()).hexdigest()
-        kept = os.path.join(cfg.results_dir, ".cache", f"{key[:32]}.json")
-        row = read_kept(kept)
-        if row:
-            print(f"{model} on {image_set.name}, k = {k_shot}: reused, same checkpoint, data and settings")
+        settings = test_settings(cfg, model, checkpoint, position, in_domain=classes == "all")
+        row = {**identity, "k_shot": k_shot, "settings": settings}
+        key = json.dumps([row, checkpoint["mean"], checkpoint["std"]], sort_keys=True)
+        name = f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+        kept = os.path.join(cfg.results_dir, ".cache", name)
+        rows[k_shot] = read_kept(kept)
+        if rows[k_shot]:
+            print(
+                f"{model} on {image_set.name}, k = {k_shot}: reused, same checkpoint, data and "
+                "settings"
+            )
         else:
-            accuracies_of = accuracies_of or prepare_test(model, path, checkpoint, image_set, device, cfg.mirror)
-            sets = support_sets(image_set.labels, k_shot, image_set.class_names, settings.get("max_support_sets", 0))
-            bar = partial(tqdm, desc=f"{model} on {image_set.name}, k = {k_shot}", leave=False, dynamic_ncols=True)
-            accuracies = accuracies_of(sets, settings, bar)
-            accuracy, std, ci95 = summarize(accuracies)
-            row = {
-                **identity,
-                "n_way": len(image_set.class_names),
-                "accuracy": accuracy,
-                "std": std,
-                "ci95": ci95,
-                "num_support_sets": len(sets),
-                "num_queries": len(image_set.labels) - sets.shape[1],
-            }
-            write_text(kept, json.dumps(row) + "\n")
-        rows.append(row)
-    return rows
+            cap = settings.get("max_support_sets", 0)
+            sets = support_sets(image_set.labels, k_shot, image_set.class_names, cap)
+            missing[k_shot] = (row, kept, sets)
+
+    if missing:
+        accuracies_of = prepare_test(model, path, checkpoint, image_set, device, cfg.mirror)
+        title = f"{model} on {image_set.name}"
+        works = {k: (row["settings"], sets) for k, (row, _, sets) in missing.items()}
+        progress = Progress(title, works if model in ADAPTING else {}, len(image_set.labels))
+    for k_shot, (row, kept, sets) in missing.items():
+        accuracies = accuracies_of(sets, row["settings"], partial(progress.show, k_shot))
+        accuracy, std, ci95 = summarize(accuracies)
+        rows[k_shot] = {
+            **row,
+            "n_way": len(image_set.class_names),
+            "accuracy": accuracy,
+            "std": std,
+            "ci95": ci95,
+            "num_support_sets": len(sets),
+            "num_queries": len(image_set.labels) - sets.shape[1],
+        }
+        write_text(kept, json.dumps(rows[k_shot]) + "\n")
+    return list(rows.values())
 
 
 def test_settings(cfg, model, checkpoint, position, in_domain):
-    """Return what else decides a result: mirror images, and the inner loop at this k for models that adapt."""
-    mirror = {"mirror": True} if cfg.mirror else {}
+    """Return what else decides a result: mirror images, and the inner loop at this k."""
     if model == "pixels":
         return {}
-    if model == "protonet":
+    mirror = {"mirror": True} if cfg.mirror else {}
+    if model not in ADAPTING:
         return mirror
     trained = checkpoint["config"]
-    settings = {"output_init": trained.get("output_init", "prototypes"), "batchnorm": trained.get("batchnorm", "batch")}
+    inner_loop = {}
     for name in ("num_inner_steps", "lr_inner", "lr_output"):
-        values = (in_domain and getattr(cfg, f"domain_{name}")) or getattr(cfg, name) or (trained[name],)
-        settings[name] = values[position] if len(values) > 1 else values[0]
-    return {**settings, **mirror, "max_support_sets": cfg.max_support_sets}
+        values = (in_domain and getattr(cfg, f"domain_{name}")) or getattr(cfg, name)
+        values = values or (trained[name],)
+        inner_loop[name] = values[position] if len(values) > 1 else values[0]
+    inner_loop["output_init"] = trained.get("output_init", "prototypes")
+    inner_loop["batchnorm"] = trained.get("batchnorm", "batch")
+    inner_loop = dataclasses.asdict(InnerLoop(**inner_loop))
+    return {**inner_loop, **mirror, "max_support_sets": cfg.max_support_sets}
 
 
 def prepare_test(model, path, checkpoint, image_set, device, mirror):
     """Return the function (sets, settings, progress) -> accuracies [S] of a model on a data set."""
     image_set = image_set.to(device)
-    n_way = len(image_set.class_names)
+    labels, n_way = image_set.labels, len(image_set.class_names)
     images = normalize(image_set.images, checkpoint["mean"], checkpoint["std"])  # [N, 3, H, W]
     encoder = encoder_of(checkpoint, path).to(device)
-    if model in ("protomaml", "maml"):
 
-        def accuracies_of(sets, settings, progress):
-            inner_loop = {name: value for name, value in settings.items() if name not in ("mirror", "max_support_sets")}
-            return adapted_accuracies(encoder, images, image_set.labels, sets, n_way, inner_loop, progress, mirror)
+    def after_adaptation(sets, settings, progress):
+        inner_loop = InnerLoop(**{f.name: settings[f.name] for f in dataclasses.fields(InnerLoop)})
+        return adapted_accuracies(
+            encoder, images, labels, sets, n_way, inner_loop, progress, mirror
+        )
 
-        return accuracies_of
-    features = images.flatten(1) if model == "pixels" else encode_in_batches(encoder, images, mirror=mirror)  # [N, D]
-    return lambda sets, settings, progress: nearest_prototype_accuracies(features, image_set.labels, sets, n_way, progress)
+    def by_nearest_prototype(sets, settings, progress):
+        return nearest_prototype_accuracies(features, labels, sets, n_way, progress)
+
+    if model in ADAPTING:
+        return after_adaptation
+    is_raw = model == "pixels"
+    features = images.flatten(1) if is_raw else encode_in_batches(encoder, images, mirror)  # [N, D]
+    return by_nearest_prototype
+
+
+class Progress:
+    """Progress bars of a model's tests on a data set; how many adaptations, and about how long.
+
+    works: {k: (settings, support sets)} of the tests that adapt. num_images: in the data set.
+    """
+
+    def __init__(self, title, works, num_images):
+        self.title = title
+        # In forward passes of an image: three per support image and inner step, one per query.
+        self.costs = {
+            k: 3 * settings["num_inner_steps"] * sets.shape[1] + num_images
+            for k, (settings, sets) in works.items()
+        }
+        self.total = sum(self.costs[k] * len(sets) for k, (_, sets) in works.items())
+        if works:
+            count = sum(len(sets) for _, sets in works.values())
+            steps = sorted({settings["num_inner_steps"] for settings, _ in works.values()})
+            print(f"{title}: {count} adaptations of {', '.join(map(str, steps))} steps", flush=True)
+
+    def show(self, k_shot, sets):
+        """Yield the support sets with a progress bar; estimate the time once the first are done."""
+        first = min(torch.get_num_threads(), len(sets))  # so many are adapted side by side
+        start = time.perf_counter()
+        bar = tqdm(sets, f"{self.title}, k = {k_shot}", leave=False, dynamic_ncols=True)
+        for number, support in enumerate(bar):
+            if number == first:
+                self._estimate(k_shot, (time.perf_counter() - start) / first)
+            yield support
+        if first == len(sets):
+            self._estimate(k_shot, (time.perf_counter() - start) / first)
+
+    def _estimate(self, k_shot, seconds):
+        """Print once about how long all tests take, given the seconds of one adaptation at k."""
+        if not self.costs:
+            return
+        minutes = seconds / self.costs[k_shot] * self.total / 60
+        self.costs = {}
+        if minutes > 1:
+            tqdm.write(
+                f"{self.title}: about {minutes:.0f} minutes in all; fewer with --recipe=quick, "
+                "--max_support_sets=N or --num_inner_steps=N"
+            )
 
 
 def read_kept(path):
-    """Return the result row kept in `path`, or None where there is none or it cannot be read (it is then made anew)."""
+    """Return the result row kept in `path`, or None where there is none or it cannot be read."""
     try:
         with open(path, encoding="utf-8") as file:
             return json.load(file)
@@ -228,25 +352,33 @@ def read_kept(path):
         return None
 
 
-def draw_figures(cfg, data, split, tested, rows):
+def draw_figures(cfg, data, split, image_sets, rows):
     """Draw the data sets, one validation episode, ProtoNet alone and all models over k."""
     where = partial(os.path.join, cfg.results_dir)
-    for image_set in (data, *tested[1:]):
+    for image_set in (data, *image_sets[1:]):
         plot_examples(image_set, where(f"examples_{image_set.name}"))
     val = data.of_classes(split["val"])
-    n_way, k_shot = min(5, len(val.class_names)), min(4, torch.bincount(val.labels).min().item() // 2)
+    n_way, k_shot = (
+        min(5, len(val.class_names)),
+        min(4, torch.bincount(val.labels).min().item() // 2),
+    )
     if k_shot:
-        episode = FewShotBatchSampler(val.labels, n_way, k_shot, include_query=True, seed=0, class_names=val.class_names).episodes()[0]
-        plot_episode(val, episode, n_way, k_shot, where("few_shot_batch"))
-    for image_set in tested:
+        sampler = FewShotBatchSampler(
+            val.labels, n_way, k_shot, include_query=True, seed=0, class_names=val.class_names
+        )
+        plot_episode(val, sampler.episodes()[0], n_way, k_shot, where("few_shot_batch"))
+    for image_set in image_sets:
         of_set = [row for row in rows if row["dataset"] == image_set.name]
-        models = [model for model in ("pixels", *MODEL_NAMES) if any(row["model"] == model for row in of_set)]
-        title = f"{'All' if image_set is not tested[0] else 'Test' if cfg.classes == 'test' else 'Validation'} classes of {image_set.name}"
-        title += ", mirrored" if cfg.mirror else ""
+        tested = {row["model"] for row in of_set}
+        models = [model for model in (*MODEL_NAMES, "pixels") if model in tested]
+        held_out = image_set is image_sets[0]
+        part = {"test": "Test", "val": "Validation"}[cfg.classes] if held_out else "All"
+        title = f"{part} classes of {image_set.name}" + (", mirrored" if cfg.mirror else "")
         plot_accuracy_over_k(of_set, models, title, where(f"models_{image_set.name}"))
-        if image_set is tested[0] and "protonet" in models:
-            plot_accuracy_over_k(of_set, ["protonet"], f"ProtoNet: {title.lower()}", where(f"protonet_{image_set.name}"))
+        if held_out and "protonet" in models:
+            path = where(f"protonet_{image_set.name}")
+            plot_accuracy_over_k(of_set, ["protonet"], f"ProtoNet: {title.lower()}", path)
 
 
 if __name__ == "__main__":
-    run_script(main, Config)
+    run_script(main, Config, RECIPES)

@@ -1,11 +1,12 @@
-"""Measure how fast the project is, beside the same work done the way a first notebook does it (tutorial_style.py).
+"""Measure the project's speed beside the same work done as in a first notebook (tutorial_style.py).
 
-    python benchmarks/speed.py                 on a machine that does nothing else; half an hour on two CPU cores
-    python benchmarks/speed.py --quick=true    the same lines in small, to see that they run; the figures mean little
+    python benchmarks/speed.py                 on an idle machine; half an hour on two CPU cores
+    python benchmarks/speed.py --quick=true    the same lines in small, to see that they run; the
+                                               figures mean little
 
-Prints three tables and writes them to benchmarks/results/<machine>.md: the speed of each part of the work, how its cost
-grows, memory over many training steps. A few lines of the training loops are repeated here: scripts are not imported.
-Needs Linux or macOS.
+Prints three tables and writes them to benchmarks/results/<machine>.md: the speed of each part of
+the work, how its cost grows, memory over many training steps. A few lines of the trainers are
+repeated here: scripts are not imported. Needs Linux or macOS.
 """
 
 import datetime
@@ -19,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,37 +29,50 @@ import torch.nn.functional as F
 import tutorial_style
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)  # before the imports from there
+# The project's root, before the imports from there.
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from common.augment import EpochAugmentation, augment
-from common.config import UserError, require_at_least, run_script
+from common.config import UserError, require, run_script
+from common.cuda_graph import CudaGraphStep
 from common.data import ImageSet, channel_statistics, load_dataset, normalize, split_classes
 from common.device import pick_device
-from common.encoder import encode_in_batches, make_encoder
+from common.encoder import Encoder, encode_in_batches
 from common.files import write_text
 from common.glyphs import draw_glyphs
-from common.inner_loop import adapt, first_order_gradients, follow_statistics, hand_over_gradients, statistics_of
+from common.inner_loop import (
+    InnerLoop,
+    adapt,
+    first_order_gradients,
+    follow_statistics,
+    hand_over_gradients,
+    running_statistics,
+)
 from common.kshot import adapted_accuracies, support_sets
-from common.launch import Captured, SideBySide, make_optimizer
-from common.prototypes import distance_logits, make_prototypes
+from common.optimizer import make_optimizer
+from common.parallel import Workers
+from common.prototypes import accuracy, episode_loss
 from common.samplers import FewShotBatchSampler, TaskBatchSampler, episode_labels
 
+ROOT = sys.path[0]
 N_WAY, K_SHOT, N_QUERY = 5, 4, 4  # of a training task, as in the trainers
 TEST_WAY = 10  # classes of the k-shot test
 LR_INNER = 0.1  # of the encoder's copy and of the output layer, on both sides
-TINY = {"proto_dim": 16, "growth_rate": 8, "block_config": (1, 1, 1, 1), "num_init_features": 8}  # encoder for very many steps
-SETTLE = 1.0  # seconds in which the loader's workers fill their queue again, so that they do not disturb the project's turn
+# An encoder for very many steps.
+TINY = {"proto_dim": 16, "growth_rate": 8, "block_config": (1, 1, 1, 1), "num_init_features": 8}
+# Seconds in which the loader's workers fill their queue again, so that they do not disturb the
+# project's turn.
+SETTLE = 1.0
 
 
 @dataclass
 class Config:
     # data
-    dataset: str = "glyphs"  # read from data_dir where it is there; else a few glyphs are drawn and nothing is written
+    dataset: str = "glyphs"  # read from data_dir if it is there; else a few glyphs are drawn
     data_dir: str = os.environ.get("PATH_DATASETS", "data")  # folder of the data sets
     # measurement
     repeats: int = 5  # measurements per line, after one to warm up; the tables give medians
-    adapt_steps: int = 0  # inner steps of an adaptation; 0: 200 on a GPU; on the CPU 20, and a tenth of the test's queries
+    adapt_steps: int = 0  # inner steps of an adaptation; 0: 200 on a GPU, 20 on the CPU
     memory_steps: int = 2000  # training steps over which memory is watched
     workers: int = 2  # worker processes of the tutorial's DataLoader
     quick: bool = False  # 2 repeats of small pieces of work, whatever the options above say
@@ -68,9 +81,9 @@ class Config:
     results_dir: str = "benchmarks/results"  # where <machine>.md goes (<machine>-quick.md if quick)
 
     def __post_init__(self):
-        require_at_least(self, 1, "repeats", "workers")
-        require_at_least(self, 0, "adapt_steps")
-        require_at_least(self, 20, "memory_steps")
+        require(self, "repeats", "workers", least=1)
+        require(self, "adapt_steps", least=0)
+        require(self, "memory_steps", least=20)
         if self.quick:
             self.repeats, self.adapt_steps, self.memory_steps = 2, 2, 20
 
@@ -82,28 +95,37 @@ class Bench:
         self.cfg, self.device = cfg, pick_device(cfg.device)
         self.gpu = self.device.type != "cpu"
         self.adapt_steps = cfg.adapt_steps or (200 if self.gpu else 20)
-        self.tasks, self.queries, self.unit = (4, 600, 1) if cfg.quick else (16, 6000, 10)  # unit: least steps of a growing adaptation
-        self.batches, self.steps, self.outer_steps = (5, 2, 1) if cfg.quick else (30, 10, 5 if self.gpu else 1)  # in one measurement
+        # Tasks of an outer step, queries of a test, fewest steps of the growing adaptation.
+        self.tasks, self.queries, self.unit = (4, 600, 1) if cfg.quick else (16, 6000, 10)
+        # Batches of data, ProtoNet steps and outer steps in one measurement.
+        self.batches, self.steps, self.outer_steps = 30, 10, 5 if self.gpu else 1
+        if cfg.quick:
+            self.batches, self.steps, self.outer_steps = 5, 2, 1
         self.data = read_images(cfg)
         self.train = self.data.of_classes(split_classes(self.data.class_names)["train"])
         self.mean, self.std = channel_statistics(self.train)
         self.resident = self.train.to(self.device)
-        # As many queries as the test has on CIFAR-100; where ten classes have fewer images, these come more than once.
+        # As many queries as the test has on CIFAR-100: where ten classes have fewer images, these
+        # come more than once.
         test = self.data.of_classes(self.data.class_names[:TEST_WAY])
-        picked = torch.randperm(len(test.images), generator=torch.Generator().manual_seed(0))[torch.arange(self.queries) % len(test.images)]
-        test = ImageSet(test.name, test.images[picked], test.labels[picked], test.class_names).to(self.device)
+        order = torch.randperm(len(test.images), generator=torch.Generator().manual_seed(0))
+        picked = order[torch.arange(self.queries) % len(order)]
+        test = ImageSet(test.name, test.images[picked], test.labels[picked], test.class_names)
+        test = test.to(self.device)
         self.labels, self.images = test.labels, normalize(test.images, self.mean, self.std)
         self.images_channels_first = self.images.contiguous()
 
     def sampler(self, tasks):
-        """Return a new sampler of ProtoMAML's outer steps with so many tasks, or with 0 of ProtoNet's episodes."""
+        """Return a new sampler of ProtoMAML's outer steps of so many tasks; 0: of episodes."""
         make = partial(TaskBatchSampler, batch_size=tasks) if tasks else FewShotBatchSampler
-        return make(self.train.labels, N_way=N_WAY, K_shot=K_SHOT, include_query=True, num_query=N_QUERY)
+        options = {"include_query": True, "num_query": N_QUERY}
+        return make(self.train.labels, N_way=N_WAY, K_shot=K_SHOT, **options)
 
     def encoders(self):
         """Return the project's encoder and the tutorial's, with the same weights."""
         torch.manual_seed(42)
-        project, tutorial = make_encoder().to(self.device), tutorial_style.make_encoder().to(self.device)
+        project = Encoder().to(self.device)
+        tutorial = tutorial_style.make_encoder().to(self.device)
         tutorial.load_state_dict(project.state_dict())
         return project.train(), tutorial.train()
 
@@ -128,15 +150,19 @@ class Bench:
             torch.mps.synchronize()
 
     def medians(self, name, *sides):
-        """Return the median of what each function returns; they take turns, so that a slow minute slows all of them."""
-        turns = [[side() for side in sides] for _ in range(1 + self.cfg.repeats)][1:]  # the first is to warm up
+        """Return the median of what each function returns.
+
+        They take turns, so that a slow minute slows all of them.
+        """
+        turns = [[side() for side in sides] for _ in range(1 + self.cfg.repeats)]
+        turns = turns[1:]  # the first is to warm up
         found = [statistics.median(times) for times in zip(*turns)]
         print(f"measured: {name}: {' / '.join(map(show_time, found))}", file=sys.stderr, flush=True)
         return found
 
 
 class Episodes:
-    """The project's batches: what to take is drawn for an epoch at a time, images are made step by step on the device."""
+    """The project's batches, drawn for an epoch at a time; a step makes its own images."""
 
     def __init__(self, bench, tasks=0):
         self.bench, self.sampler = bench, bench.sampler(tasks)
@@ -148,7 +174,7 @@ class Episodes:
         self.augmentation = EpochAugmentation(self.batches, bench.resident.images, generator)
 
     def of(self, step):
-        """Return the tensors that a step takes; after the last step of the epoch comes the first again."""
+        """Return the tensors that a step takes; the epoch is repeated without end."""
         step %= len(self.batches)
         return self.batches[step], *self.augmentation.of(step)
 
@@ -164,22 +190,34 @@ def main(cfg):
     slug = re.sub(r"[^a-z0-9]+", "-", machine(bench.device).lower()).strip("-")
     path = os.path.join(cfg.results_dir, f"{slug}{'-quick' if cfg.quick else ''}.md")
     bullets = "\n".join(f"- {line}" for line in about)
-    write_text(path, "\n\n".join(["# Speed", bullets, *(markdown_table(*table) for table in tables)]) + "\n")
+    parts = ["# Speed", bullets, *(markdown_table(*table) for table in tables)]
+    write_text(path, "\n\n".join(parts) + "\n")
     print(f"\nwrote {path}")
 
 
 def read_images(cfg):
-    """Return the data set from data_dir, or else 60 glyphs of each class. Raises UserError where it does not suit."""
+    """Return the data set from data_dir, or else 60 glyphs of each class, drawn and not kept.
+
+    Raises UserError where it does not suit.
+    """
     path = os.path.join(cfg.data_dir, cfg.dataset)
     if os.path.exists(f"{path}.npz") or os.path.isdir(path):
         data = load_dataset(cfg.dataset, cfg.data_dir)
     elif cfg.dataset == "glyphs":
         images, labels, names = draw_glyphs(images_per_class=60)
-        data = ImageSet("glyphs", torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels), names)
+        images = torch.from_numpy(images).permute(0, 3, 1, 2)
+        data = ImageSet("glyphs", images, torch.from_numpy(labels), names)
     else:
-        raise UserError(f"found no data set {path}.npz, and none is downloaded here; put it there or leave --dataset out")
-    if data.images.shape[2:] != (32, 32) or len(data.class_names) < 20 or torch.bincount(data.labels).min() < 60:
-        raise UserError(f"{cfg.dataset} does not suit: 20 classes of 60 images of 32x32 pixels are needed; leave --dataset out to draw glyphs")
+        raise UserError(
+            f"found no data set {path}.npz, and none is downloaded here; put it there or leave "
+            "--dataset out"
+        )
+    fewest = torch.bincount(data.labels).min()
+    if data.images.shape[2:] != (32, 32) or len(data.class_names) < 20 or fewest < 60:
+        raise UserError(
+            f"{cfg.dataset} does not suit: 20 classes of 60 images of 32x32 pixels are needed; "
+            "leave --dataset out to draw glyphs"
+        )
     return data
 
 
@@ -187,7 +225,8 @@ def matrix_rate(bench):
     """Return the machine's rate of float32 matrix products, in GFLOP/s."""
     size = 8192 if bench.gpu else 2048  # a large GPU is not busy with less
     a, b = torch.rand(2, size, size, device=bench.device)
-    return 2 * size**3 / bench.medians("matrix product", lambda: bench.seconds(lambda: a @ b))[0] / 1e9
+    seconds = bench.medians("matrix product", lambda: bench.seconds(lambda: a @ b))[0]
+    return 2 * size**3 / seconds / 1e9
 
 
 def flop_per_image(bench):
@@ -205,17 +244,14 @@ def make_images(bench, batch, *crops):
 def protonet_trainer(bench, encoder):
     """Return the function that does one step of train_protonet.py."""
     optimizer = make_optimizer(encoder.parameters(), 2e-4, 0.01, bench.device)
-    y_qry, num_support = episode_labels(N_WAY, N_QUERY, bench.device), N_WAY * K_SHOT
 
-    def train_step(batch, *crops):
-        features = encoder(make_images(bench, batch, *crops))  # [B, D]
-        x_spt, x_qry = features[:num_support], features[num_support:]
-        logits = distance_logits(x_qry, make_prototypes(x_spt, N_WAY))
-        loss = F.cross_entropy(logits, y_qry)
+    def train_step(episode, *crops_and_flips):
+        features = encoder(make_images(bench, episode, *crops_and_flips))  # [N*(K+Q), D]
+        loss, accuracy = episode_loss(features, N_WAY, K_SHOT)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return loss.detach(), (logits.argmax(dim=1) == y_qry).float().mean()
+        return loss.detach(), accuracy
 
     return tracked(bench, train_step)
 
@@ -223,21 +259,22 @@ def protonet_trainer(bench, encoder):
 def protomaml_trainer(bench, encoder, tasks, num_inner_steps):
     """Return the function that does one outer step of train_protomaml.py."""
     optimizer = make_optimizer(encoder.parameters(), 1e-3, 0.01, bench.device)
-    y_spt, y_qry = episode_labels(N_WAY, K_SHOT, bench.device), episode_labels(N_WAY, N_QUERY, bench.device)
-    workers = SideBySide(bench.device, tasks)
-    copies = [deepcopy(encoder) for _ in range(workers.count)]
+    inner_loop = InnerLoop(num_inner_steps, LR_INNER, LR_INNER)
+    workers = Workers(bench.device, tasks, encoder)
 
-    def learn_task(images, worker):
-        x_spt, x_qry = images[: len(y_spt)], images[len(y_spt) :]
-        local, weight, bias = adapt(encoder, x_spt, y_spt, N_WAY, num_inner_steps, LR_INNER, LR_INNER, local=copies[worker])
-        logits = F.linear(local(x_qry), weight, bias)
+    def learn_task(images, local):
+        y_spt = episode_labels(N_WAY, K_SHOT, bench.device)  # [N*K]
+        y_qry = episode_labels(N_WAY, N_QUERY, bench.device)  # [N*Q]
+        x_spt, x_qry = images.split([len(y_spt), len(y_qry)])
+        local, weight, bias = adapt(encoder, x_spt, y_spt, N_WAY, inner_loop, local)
+        logits = F.linear(local(x_qry), weight, bias)  # [N*Q, N]
         loss = F.cross_entropy(logits, y_qry)
-        accuracy = (logits.argmax(dim=1) == y_qry).float().mean()
-        return loss.detach(), accuracy, first_order_gradients(loss, encoder, local), statistics_of(local)
+        gradients = first_order_gradients(loss, encoder, local)
+        return loss.detach(), accuracy(logits, y_qry), gradients, running_statistics(local)
 
-    def outer_step(batch, *crops):
-        results = workers.run(learn_task, make_images(bench, batch, *crops).chunk(tasks))
-        losses, accuracies, gradients, statistics = zip(*results)
+    def outer_step(batch, *crops_and_flips):
+        images = make_images(bench, batch, *crops_and_flips).chunk(tasks)
+        losses, accuracies, gradients, statistics = zip(*workers.map(learn_task, images))
         hand_over_gradients(encoder, gradients)
         follow_statistics(encoder, statistics)
         optimizer.step()
@@ -247,8 +284,8 @@ def protomaml_trainer(bench, encoder, tasks, num_inner_steps):
 
 
 def tracked(bench, step):
-    """Return the step as the trainers run it: captured where there is CUDA, its loss and accuracy added up."""
-    step, sums = Captured(step, bench.device), torch.zeros(3, device=bench.device)
+    """Return the step as the trainers run it: a CUDA graph on CUDA, loss and accuracy added up."""
+    step, sums = CudaGraphStep(step, bench.device), torch.zeros(3, device=bench.device)
 
     def run(*inputs):
         sums[:2] += torch.stack(step(*inputs))
@@ -258,13 +295,20 @@ def tracked(bench, step):
 
 
 def project_side(bench, episodes, step, count):
-    """Return the project's seconds per step, from `count` steps; each bears its share of the draws for an epoch."""
+    """Return the project's seconds per step, from `count` steps.
+
+    Each bears its share of the draws for an epoch.
+    """
     drawing = bench.seconds(episodes.draw) / len(episodes.batches)
-    return drawing + bench.seconds(lambda: [step(*episodes.of(number)) for number in range(count)]) / count
+    steps = bench.seconds(lambda: [step(*episodes.of(number)) for number in range(count)])
+    return drawing + steps / count
 
 
 def tutorial_side(bench, batches, step, count, lead):
-    """Return the tutorial's seconds per step, from `count` steps on the loader's batches after `lead` unmeasured ones."""
+    """Return the tutorial's seconds per step, from `count` steps on the loader's batches.
+
+    lead: steps before them that are not measured.
+    """
 
     def run(steps):
         for _ in range(steps):
@@ -278,35 +322,47 @@ def tutorial_side(bench, batches, step, count, lead):
 
 
 def start_loader(bench, tasks=0):
-    """Return the tutorial's loader of training images as an iterator without end, so that its workers start only once."""
-    images, labels = bench.train.images.permute(0, 2, 3, 1).contiguous().numpy(), bench.train.labels.numpy()
-    sampler = bench.sampler(tasks)
+    """Return the tutorial's loader of training images as an iterator without end.
+
+    So its workers start only once.
+    """
+    images = bench.train.images.permute(0, 2, 3, 1).contiguous().numpy()
+    labels, sampler = bench.train.labels.numpy(), bench.sampler(tasks)
     endless = (batch for epoch in iter(lambda: iter(sampler), None) for batch in epoch)
-    return iter(tutorial_style.make_loader(images, labels, endless, bench.mean, bench.std, bench.cfg.workers))
+    numbers = (bench.mean, bench.std, bench.cfg.workers)
+    return iter(tutorial_style.make_loader(images, labels, endless, *numbers))
 
 
 def speed_table(bench, gflops, flop):
     """Return the first table: (title, headings, rows)."""
+    parts = (protonet_lines, protomaml_lines, test_lines, process_lines)
     rows = []
-    for name, project, tutorial, passes in (*protonet_lines(bench), *protomaml_lines(bench), *test_lines(bench), *process_lines(bench)):
+    for name, project, tutorial, passes in (line for part in parts for line in part(bench)):
         times = [cell if isinstance(cell, str) else show_time(cell) for cell in (project, tutorial)]
         ratio = "-" if isinstance(tutorial, str) else f"{tutorial / project:.2f}"
         rate = passes * flop / project / 1e9 if passes else None
-        rows.append((name, *times, ratio, *((f"{rate:,.1f}", f"{rate / gflops:.1%}") if passes else "--")))
+        rates = (f"{rate:,.1f}", f"{rate / gflops:.1%}") if passes else ("-", "-")
+        rows.append((name, *times, ratio, *rates))
     headings = ("", "project", "tutorial's way", "ratio", "GFLOP/s", "of matrix rate")
     return f"Speed: medians of {bench.cfg.repeats}; GFLOP/s of the project", headings, rows
 
 
-# The lines of that table: name, seconds of the project, seconds of the tutorial's way, and how many forward passes of
-# one image the project's work amounts to (0: not counted). A text in place of a number stands as it is.
+# The lines of that table: name, seconds of the project, seconds of the tutorial's way, and how many
+# forward passes of one image the project's work amounts to (0: not counted). A text in place of a
+# number stands as it is.
 
 
 def protonet_lines(bench):
     encoder, other = bench.encoders()
     optimizer = torch.optim.AdamW(other.parameters(), lr=2e-4, weight_decay=0.01)
     project = partial(project_side, bench, Episodes(bench))
-    tutorial = partial(tutorial_side, bench, start_loader(bench), lead=2 * bench.cfg.workers + 1)  # each worker has two batches ready
-    data = bench.medians("data", partial(project, partial(make_images, bench), bench.batches), partial(tutorial, lambda x, y: None, bench.batches))
+    lead = 2 * bench.cfg.workers + 1  # each worker has two batches ready
+    tutorial = partial(tutorial_side, bench, start_loader(bench), lead=lead)
+    data = bench.medians(
+        "data",
+        partial(project, partial(make_images, bench), bench.batches),
+        partial(tutorial, lambda x, y: None, bench.batches),
+    )
     yield "data for one ProtoNet step", *data, 0
     step = bench.medians(
         "ProtoNet step",
@@ -319,63 +375,81 @@ def protonet_lines(bench):
 
 def protomaml_lines(bench):
     batches, tasks, count = start_loader(bench, bench.tasks), bench.tasks, bench.outer_steps
-    # On the CPU a step takes longer than its images: the queue is always full, and each step pays for its refill.
+    # On the CPU a step takes longer than its images: the queue is always full, and each step pays
+    # for its refill.
     lead = 2 * bench.cfg.workers + 1 if bench.gpu else 0
     for inner in (1, 5):
         encoder, other = bench.encoders()
         optimizer = torch.optim.AdamW(other.parameters(), lr=1e-3, weight_decay=0.01)
-        step = partial(tutorial_style.protomaml_step, other, optimizer, num_tasks=tasks, num_inner_steps=inner, lr=LR_INNER)
-        project = partial(project_side, bench, Episodes(bench, tasks), protomaml_trainer(bench, encoder, tasks, inner), count)
+        options = {"num_tasks": tasks, "num_inner_steps": inner, "lr": LR_INNER}
+        step = partial(tutorial_style.protomaml_step, other, optimizer, **options)
+        trainer = protomaml_trainer(bench, encoder, tasks, inner)
+        project = partial(project_side, bench, Episodes(bench, tasks), trainer, count)
         tutorial = partial(tutorial_side, bench, batches, step, count, lead)
         name = f"ProtoMAML outer step, {tasks} tasks, inner steps: {inner}"
-        # Support: forward and backward per inner step, the first of which gives the prototypes too; then backward through these.
+        # Support: forward and backward per inner step, the first of which gives the prototypes
+        # too; then backward through these.
         passes = tasks * N_WAY * (K_SHOT * (3 * inner + 2) + N_QUERY * 3)
         yield name, *bench.medians(name, project, tutorial), passes
         if bench.device.type == "cuda":
-            yield "peak GPU memory of that", peak_gpu_memory(project, bench.device), peak_gpu_memory(tutorial, bench.device), 0
+            peaks = [peak_gpu_memory(side, bench.device) for side in (project, tutorial)]
+            yield "peak GPU memory of that", *peaks, 0
 
 
 def test_lines(bench):
-    (encoder, other), steps, ready = bench.encoders(), bench.adapt_steps, bench.images_channels_first
-    asked = len(ready) if bench.gpu else len(ready) // 10
+    encoder, other = bench.encoders()
+    steps, ready = bench.adapt_steps, bench.images_channels_first
+    asked = len(ready) if bench.gpu else len(ready) // 10  # the CPU is asked less
 
     def compare(name, project, tutorial, passes):
-        return name, *bench.medians(name, partial(bench.seconds, project), partial(bench.seconds, tutorial)), passes
+        sides = (partial(bench.seconds, side) for side in (project, tutorial))
+        return name, *bench.medians(name, *sides), passes
 
     for k_shot in (2, 8, 32):
         sets, y_spt = bench.support(k_shot)
-        sets = sets[: SideBySide(bench.device, len(sets)).count]
+        sets = sets[: len(Workers(bench.device, len(sets), encoder).copies)]
+        name = f"one adaptation, 10-way, k = {k_shot}, {steps} inner steps"
+        project = adaptation(bench, encoder, k_shot, steps)
         tutorial = partial(tutorial_style.adapt, other, ready[sets[0]], y_spt, steps, LR_INNER)
-        yield compare(f"one adaptation, 10-way, k = {k_shot}, {steps} inner steps", adaptation(bench, encoder, k_shot, steps), tutorial, 3 * steps * len(y_spt))
+        yield compare(name, project, tutorial, 3 * steps * len(y_spt))
 
-        # The support sets' images come first, and so many others that there are as many queries as wanted.
-        rows = torch.cat([sets.unique(), torch.arange(len(ready), device=bench.device)])[: max(asked, sets.numel() + TEST_WAY)]
+        # The support sets' images come first, and so many others that there are as many queries as
+        # wanted.
+        rows = torch.cat([sets.unique(), torch.arange(len(ready), device=bench.device)])
+        rows = rows[: max(asked, sets.numel() + TEST_WAY)]
         images, labels = bench.images[rows], bench.labels[rows]
         places = torch.searchsorted(rows[: sets.numel()], sets)
-        inner_loop = {"num_inner_steps": steps, "lr_inner": LR_INNER, "lr_output": LR_INNER}
+        inner_loop = InnerLoop(steps, LR_INNER, LR_INNER)
         project = partial(adapted_accuracies, encoder, images, labels, places, TEST_WAY, inner_loop)
-        name = f"k-shot test, k = {k_shot}: {len(sets)} support sets, {steps} inner steps, {len(rows):,} images to classify"
-        yield compare(name, project, partial(test_in_turn, other, ready[rows], labels, places, y_spt, steps), len(sets) * (3 * steps * len(y_spt) + len(rows)))
+        tutorial = partial(test_in_turn, other, ready[rows], labels, places, y_spt, steps)
+        name = (
+            f"k-shot test, k = {k_shot}: {len(sets)} support sets, {steps} inner steps, "
+            f"{len(rows):,} images to classify"
+        )
+        passes = len(sets) * (3 * steps * len(y_spt) + len(rows))
+        yield compare(name, project, tutorial, passes)
 
     project = partial(encode_in_batches, encoder.eval(), bench.images)
-    yield compare(f"features of {bench.queries:,} images", project, partial(tutorial_style.encode, other.eval(), ready), bench.queries)
+    tutorial = partial(tutorial_style.encode, other.eval(), ready)
+    yield compare(f"features of {bench.queries:,} images", project, tutorial, bench.queries)
 
 
 def test_in_turn(encoder, images, labels, sets, y_spt, steps):
     """Test as the tutorial does: one support set after the other."""
     for support in sets:
-        local, weight, bias, _ = tutorial_style.adapt(encoder, images[support], y_spt, steps, LR_INNER)
-        tutorial_style.count_correct(local, weight, bias, images, labels)
+        adapted = tutorial_style.adapt(encoder, images[support], y_spt, steps, LR_INNER)
+        tutorial_style.count_correct(*adapted[:3], images, labels)
 
 
 def adaptation(bench, encoder, k_shot, steps):
     """Return the function that adapts once as the project's k-shot test does."""
     indices, y_spt = bench.support(k_shot)
-    x_spt, local = bench.images[indices[0]], None
+    x_spt, inner_loop = bench.images[indices[0]], InnerLoop(steps, LR_INNER, LR_INNER)
+    local = None
 
     def run():
         nonlocal local
-        local, *_ = adapt(encoder, x_spt, y_spt, TEST_WAY, steps, LR_INNER, LR_INNER, local=local, attached=False)
+        local, *_ = adapt(encoder, x_spt, y_spt, TEST_WAY, inner_loop, local, attached=False)
 
     return run
 
@@ -385,24 +459,38 @@ def process_lines(bench):
         small = bench.data.of_classes(bench.data.class_names[:20])
         rows = torch.cat([torch.nonzero(small.labels == c)[:24, 0] for c in range(20)])
         images = small.images[rows].permute(0, 2, 3, 1).contiguous().numpy()
-        np.savez(os.path.join(folder, "small.npz"), images=images, labels=small.labels[rows].numpy(), class_names=np.array(small.class_names))
-        yield "start-up of train_protonet.py to the end of its first step", *bench.medians("start-up", partial(start_up, bench, folder)), "-", 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        labels, names = small.labels[rows].numpy(), np.array(small.class_names)
+        path = os.path.join(folder, "small.npz")
+        np.savez(path, images=images, labels=labels, class_names=names)
+        taken = bench.medians("start-up", partial(start_up, bench, folder))
+        yield "start-up of train_protonet.py to the end of its first step", *taken, "-", 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     yield "peak memory of this process, both sides in it", show_memory(peak), "-", 0
 
 
 def start_up(bench, folder):
-    """Return the seconds from the start of train_protonet.py until its progress bar shows the only step as done."""
-    where = ("--dataset=small", f"--data_dir={folder}", f"--checkpoint_dir={folder}", f"--device={bench.device}")
-    command = [sys.executable, "train_protonet.py", *where, "--epochs=1", "--steps_per_epoch=1"]
+    """Return the seconds until train_protonet.py's progress bar shows its only step as done."""
+    command = [
+        sys.executable,
+        "train_protonet.py",
+        "--dataset=small",
+        f"--data_dir={folder}",
+        f"--checkpoint_dir={folder}",
+        f"--device={bench.device}",
+        "--epochs=1",
+        "--steps_per_epoch=1",
+    ]
     start, shown = time.perf_counter(), b""
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
         while b"100%" not in shown and (chunk := process.stderr.read1()):
             shown += chunk
         taken = time.perf_counter() - start
         process.communicate()
     if process.returncode or b"100%" not in shown:
-        raise UserError(f"train_protonet.py did not finish a step: {shown.decode(errors='replace')[-300:]}")
+        tail = shown.decode(errors="replace")[-300:]
+        raise UserError(f"train_protonet.py did not finish a step: {tail}")
     return taken
 
 
@@ -426,21 +514,28 @@ def growth_table(bench):
     rows = []
     for name, counts, side in series:
         times = bench.medians(f"growth with {name}", *map(side, counts))
-        # Part of the work does not depend on n (an outer step's queries): linear growth is a last column that stays the same.
-        steps = zip(times[1:], times, counts[1:], counts)
-        added = ["-", *(show_time((later - earlier) / (more - fewer)) for later, earlier, more, fewer in steps)]
-        rows += [(name, str(n), show_time(taken), show_time(taken / n), one) for n, taken, one in zip(counts, times, added)]
-    return "Growth: the project's time for n of something", ("n: number of", "n", "time", "time / n", "per added one"), rows
+        # Part of the work does not depend on n (an outer step's queries): linear growth is a last
+        # column that stays the same.
+        pairs = zip(times[1:], times, counts[1:], counts)
+        added = [(later - earlier) / (more - fewer) for later, earlier, more, fewer in pairs]
+        added = ["-", *map(show_time, added)]
+        for n, taken, one in zip(counts, times, added):
+            rows.append((name, str(n), show_time(taken), show_time(taken / n), one))
+    headings = ("n: number of", "n", "time", "time / n", "per added one")
+    return "Growth: the project's time for n of something", headings, rows
 
 
 def memory_table(bench):
-    """Return the third table: memory in use after more and more steps of each trainer, with a tiny encoder."""
+    """Return the third table: memory in use after more and more steps of each trainer."""
     last, rows = bench.cfg.memory_steps, []
     marks = [last // 20, last // 4, last // 2, last]
     for name, tasks in (("ProtoNet", 0), ("ProtoMAML, 2 tasks", 2)):
         torch.manual_seed(42)
-        encoder, episodes, used = make_encoder(**TINY).to(bench.device), Episodes(bench, tasks), []
-        step = protomaml_trainer(bench, encoder, tasks, 1) if tasks else protonet_trainer(bench, encoder)
+        encoder, episodes, used = Encoder(**TINY).to(bench.device), Episodes(bench, tasks), []
+        if tasks:
+            step = protomaml_trainer(bench, encoder, tasks, 1)
+        else:
+            step = protonet_trainer(bench, encoder)
         episodes.draw()
         for number in range(1, last + 1):
             step(*episodes.of(number))
@@ -448,12 +543,14 @@ def memory_table(bench):
                 episodes.draw()
             if number in marks:
                 used.append(memory_in_use(bench.device))
-        rows += [(f"{name}: {kind}", *(show_memory(each[kind]) for each in used)) for kind in used[0]]
-    return "Memory in use after n training steps, with a tiny encoder (four blocks of one layer)", ("", *(f"n = {n:,}" for n in marks)), rows
+        for kind in used[0]:
+            rows.append((f"{name}: {kind}", *(show_memory(each[kind]) for each in used)))
+    title = "Memory in use after n training steps, with a tiny encoder (four blocks of one layer)"
+    return title, ("", *(f"n = {n:,}" for n in marks)), rows
 
 
 def memory_in_use(device):
-    """Return {kind: bytes}; where /proc does not tell what the process holds now, the most that it ever held."""
+    """Return {kind: bytes}; without /proc, the most that the process ever held."""
     if os.path.exists("/proc/self/statm"):
         with open("/proc/self/statm", encoding="ascii") as file:
             used = {"process": int(file.read().split()[1]) * resource.getpagesize()}
@@ -471,15 +568,20 @@ def peak_gpu_memory(side, device):
 
 def about_run(bench, gflops, flop, load):
     """Return lines that say what was measured where and how."""
-    cfg, precision = bench.cfg, ", TF32 allowed, as in all that follows" if bench.device.type == "cuda" else ""
+    cfg = bench.cfg
+    precision = ", TF32 allowed, as in all that follows" if bench.device.type == "cuda" else ""
+    quick = " (a quick run: its figures mean little)" if cfg.quick else ""
     return [
         f"{datetime.date.today()}, {machine(bench.device)}; load before the start {load:.1f}",
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, device {bench.device.type}",
-        f"command: python {shlex.join(sys.argv)}{' (a quick run: its figures mean little)' if cfg.quick else ''}",
-        f"n = {cfg.repeats} measurements per line, the two sides in turn, after one to warm up; {len(bench.train.labels):,} training images of {bench.train.name}",
+        f"command: python {shlex.join(sys.argv)}{quick}",
+        f"n = {cfg.repeats} measurements per line, the two sides in turn, after one to warm up; "
+        f"{len(bench.train.labels):,} training images of {bench.train.name}",
         f"float32 matrix products: {gflops:,.1f} GFLOP/s{precision}",
-        f"encoder: {flop / 1e6:.1f} MFLOP per image forward (counted by PyTorch); training counts three times that",
-        f"the tutorial's way: a DataLoader with {cfg.workers} workers and PIL, which work during its training steps; its test gets the images ready-made",
+        f"encoder: {flop / 1e6:.1f} MFLOP per image forward (counted by PyTorch); training counts "
+        "three times that",
+        f"the tutorial's way: a DataLoader with {cfg.workers} workers and PIL, which work during "
+        "its training steps; its test gets the images ready-made",
     ]
 
 
@@ -490,8 +592,10 @@ def machine(device):
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             found = re.search(r"model name\s*: (.+)", file.read())
         name = found[1].strip() if found else name
-    gpu = {"cpu": "", "cuda": torch.cuda.is_available() and f", {torch.cuda.get_device_name(device)}"}
-    return f"{os.cpu_count()}-core {name}{gpu.get(device.type, f', {device.type}')}"
+    gpu = "" if device.type == "cpu" else f", {device.type}"
+    if device.type == "cuda":
+        gpu = f", {torch.cuda.get_device_name(device)}"
+    return f"{os.cpu_count()}-core {name}{gpu}"
 
 
 def show_time(taken):
@@ -505,14 +609,20 @@ def show_memory(count):
 def text_table(title, headings, rows):
     """Return a table of fixed width."""
     widths = [max(map(len, column)) for column in zip(headings, *rows)]
-    lines = ["  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(zip(line, widths))) for line in (headings, *rows)]
+
+    def aligned(line):
+        others = (cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))
+        return "  ".join([line[0].ljust(widths[0]), *others])
+
+    lines = [aligned(line) for line in (headings, *rows)]
     return "\n".join([title, lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def markdown_table(title, headings, rows):
     """Return the same table as Markdown, under a heading of its own."""
     rule = ["---", *["---:"] * (len(headings) - 1)]
-    return "\n".join([f"## {title}", "", *(f"| {' | '.join(line)} |" for line in (headings, rule, *rows))])
+    lines = [f"| {' | '.join(line)} |" for line in (headings, rule, *rows)]
+    return "\n".join([f"## {title}", "", *lines])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""The same work done the way a first notebook does it: what the project's speed is measured against.
+"""The same work done as in a first notebook: what the project's speed is measured against.
 
-PIL transforms in DataLoader workers, images stored channels first, everything launched one call after another, a fresh
-deep copy for every task, prototypes by a loop over the classes, one support set at a time.
+PIL transforms in DataLoader workers, images stored channels first, every operation launched on its
+own, a fresh deep copy for every task, prototypes by a loop over the classes, one support set at a
+time.
 """
 
 from copy import deepcopy
@@ -15,7 +16,7 @@ from torchvision.models import DenseNet
 
 
 class PILImages(Dataset):
-    """Images uint8 [N, H, W, 3] (numpy), handed out one by one through PIL and a torchvision transform."""
+    """Images uint8 [N, H, W, 3] (numpy), each through PIL and a torchvision transform."""
 
     def __init__(self, images, labels, transform):
         self.images, self.labels, self.transform = images, labels, transform
@@ -30,12 +31,23 @@ class PILImages(Dataset):
 def train_transform(mean, std):
     """Return the tutorial's augmentation and normalisation for one PIL image."""
     crop = transforms.RandomResizedCrop((32, 32), scale=(0.8, 1.0), ratio=(0.9, 1.1))
-    return transforms.Compose([transforms.RandomHorizontalFlip(), crop, transforms.ToTensor(), transforms.Normalize(mean, std)])
+    return transforms.Compose(
+        [
+            transforms.RandomHorizontalFlip(),
+            crop,
+            transforms.ToTensor(),
+            transforms.Normalize(mean, std),
+        ]
+    )
 
 
 def make_loader(images, labels, sampler, mean, std, workers=2):
-    """Return a DataLoader that yields the sampler's batches as (images [B, 3, 32, 32], labels [B])."""
-    return DataLoader(PILImages(images, labels, train_transform(mean, std)), batch_sampler=sampler, num_workers=workers)
+    """Return a DataLoader of the sampler's batches: (images [B, 3, 32, 32], labels [B])."""
+    return DataLoader(
+        PILImages(images, labels, train_transform(mean, std)),
+        batch_sampler=sampler,
+        num_workers=workers,
+    )
 
 
 def make_encoder():
@@ -44,7 +56,7 @@ def make_encoder():
 
 
 def protonet_step(encoder, optimizer, images, labels):
-    """One training step on an episode of images [2*S, 3, H, W], the first half support, the second half query."""
+    """One training step on an episode of images [2*S, 3, H, W]: half support, half query."""
     features = encoder(images)
     support, query = features.chunk(2)
     y_spt, y_qry = labels.chunk(2)
@@ -58,7 +70,10 @@ def protonet_step(encoder, optimizer, images, labels):
 
 
 def protomaml_step(encoder, optimizer, images, labels, num_tasks, num_inner_steps, lr=0.1):
-    """One outer step of first-order ProtoMAML on `num_tasks` episodes laid end to end; returns the mean query loss."""
+    """One outer step of first-order ProtoMAML on `num_tasks` episodes; returns the mean query loss.
+
+    images [num_tasks*2*S, 3, H, W]: the episodes laid end to end.
+    """
     for parameter in encoder.parameters():
         parameter.grad = torch.zeros_like(parameter)
     losses = []
@@ -81,7 +96,7 @@ def adapt(encoder, x_spt, y_spt, num_inner_steps, lr=0.1):
     labels = _positions(classes, y_spt)
     local = deepcopy(encoder).train()
     sgd = torch.optim.SGD(local.parameters(), lr=lr)
-    init_weight, init_bias = 2 * prototypes, -prototypes.norm(dim=1) ** 2
+    init_weight, init_bias = 2 * prototypes, -(prototypes.norm(dim=1) ** 2)
     weight, bias = init_weight.detach().requires_grad_(), init_bias.detach().requires_grad_()
     for _ in range(num_inner_steps):
         sgd.zero_grad()
@@ -91,7 +106,12 @@ def adapt(encoder, x_spt, y_spt, num_inner_steps, lr=0.1):
         weight.data -= lr * weight.grad
         bias.data -= lr * bias.grad
     sgd.zero_grad()
-    return local, (weight - init_weight).detach() + init_weight, (bias - init_bias).detach() + init_bias, classes
+    return (
+        local,
+        (weight - init_weight).detach() + init_weight,
+        (bias - init_bias).detach() + init_bias,
+        classes,
+    )
 
 
 @torch.no_grad()
@@ -102,15 +122,19 @@ def encode(encoder, images, batch_size=128):
 
 @torch.no_grad()
 def count_correct(local, weight, bias, images, labels, batch_size=128):
-    """Return how many of images [N, 3, H, W] an adapted model classifies as `labels`, in the notebook's batches."""
+    """Return how many of images [N, 3, H, W] an adapted model classifies as `labels`."""
     local.eval()
     batches = zip(images.split(batch_size), labels.split(batch_size))
-    return sum((F.linear(local(x), weight, bias).argmax(dim=1) == y).sum().item() for x, y in batches)
+    return sum(
+        (F.linear(local(x), weight, bias).argmax(dim=1) == y).sum().item() for x, y in batches
+    )
 
 
 def _prototypes(features, labels):
     classes = torch.unique(labels)
-    return torch.stack([features[torch.where(labels == c)[0]].mean(dim=0) for c in classes]), classes
+    return torch.stack(
+        [features[torch.where(labels == c)[0]].mean(dim=0) for c in classes]
+    ), classes
 
 
 def _positions(classes, labels):

@@ -1,1 +1,1 @@
-"""What the three scripts share: data, episodes, encoder, prototypes, inner loop, test protocol, files."""
+"""What the scripts share."""

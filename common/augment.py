@@ -1,8 +1,9 @@
-"""The training augmentation for a whole batch at once, on the device that holds the images.
+"""The training augmentation, for a whole batch on its device.
 
-It does what torchvision's RandomHorizontalFlip and RandomResizedCrop(size, scale=(0.8, 1), ratio=(0.9, 1.1)) do to
-one image after another; only where no crop fits, in images far from square, it takes the whole image. The random
-numbers are drawn apart from their use: on the CPU, for an epoch at a time, so that every machine draws the same ones.
+It does what torchvision's RandomHorizontalFlip and RandomResizedCrop(size, scale=(0.8, 1),
+ratio=(0.9, 1.1)) do to one image after another; only where no crop fits, in images far from
+square, it takes the whole image. The random numbers are drawn apart from their use: on the CPU,
+for an epoch at a time, so that every machine draws the same ones.
 """
 
 import math
@@ -15,30 +16,32 @@ ATTEMPTS = 10  # crops drawn until one fits into the image, as in torchvision
 
 
 class EpochAugmentation:
-    """Random crops, flips and colours for all batches of an epoch, drawn at once on the CPU and used step by step.
+    """Random crops, flips and colour changes for all steps of an epoch, drawn at once on the CPU.
 
-    batches: the epoch's indices [steps, B]; images [N, 3, H, W]: what they point into, on the device that is to do the
-    work. least_scale: area of the smallest crop, as a share of the image. color_jitter: see `draw_jitter`.
+    batches: the epoch's indices [steps, B] into images [N, 3, H, W], which lie on the device that
+    augments them. least_scale: area of the smallest crop, as a share of the image. color_jitter:
+    see `draw_jitter`.
     """
 
     def __init__(self, batches, images, generator, least_scale=LEAST_SCALE, color_jitter=0.0):
         boxes, flips = draw_augmentation(batches.numel(), *images.shape[2:], generator, least_scale)
-        # Drawn even where it is not wanted, so that the episodes of a seed do not depend on it.
+        # Drawn even where it is not used: the episodes of a seed do not depend on this option.
         factors = draw_jitter(batches.numel(), color_jitter, generator)
         self.boxes = boxes.view(*batches.shape, 4).to(images.device)
         self.flips = flips.view(batches.shape).to(images.device)
         self.factors = factors.view(*batches.shape, 3).to(images.device) if color_jitter else None
 
     def of(self, step):
-        """Return what `augment` needs for the images of a step: boxes [B, 4], flips [B] and, if wanted, factors [B, 3]."""
-        drawn = (self.boxes, self.flips) if self.factors is None else (self.boxes, self.flips, self.factors)
-        return tuple(numbers[step] for numbers in drawn)
+        """Return what `augment` needs in a step: boxes [B, 4], flips [B], maybe factors [B, 3]."""
+        drawn = (self.boxes, self.flips, self.factors)
+        return tuple(numbers[step] for numbers in drawn if numbers is not None)
 
 
 def draw_augmentation(count, height, width, generator, least_scale=LEAST_SCALE):
     """Draw crop boxes and flips for `count` images of `height` x `width` pixels.
 
-    least_scale: area of the smallest crop, as a share of the image. Returns `boxes` int64 [count, 4] = (top, left, height, width), in pixels, and `flips` bool [count].
+    least_scale: area of the smallest crop, as a share of the image. Returns boxes int64 [count, 4]
+    = (top, left, height, width), in pixels, and flips bool [count].
     """
     uniform = torch.rand(2, count, ATTEMPTS, generator=generator)
     area = height * width * (least_scale + uniform[0] * (1 - least_scale))
@@ -46,7 +49,7 @@ def draw_augmentation(count, height, width, generator, least_scale=LEAST_SCALE):
     crop_height = (area / ratio).sqrt().round().long()  # [count, ATTEMPTS]
     crop_width = (area * ratio).sqrt().round().long()
     fits = (crop_height <= height) & (crop_width <= width)
-    first = fits.int().argmax(dim=1, keepdim=True)  # the first crop that fits; where none does, see below
+    first = fits.int().argmax(dim=1, keepdim=True)  # the first crop that fits, if any does
     any_fits = fits.any(dim=1)
     crop_height = torch.where(any_fits, crop_height.gather(1, first)[:, 0], height)  # [count]
     crop_width = torch.where(any_fits, crop_width.gather(1, first)[:, 0], width)
@@ -58,32 +61,37 @@ def draw_augmentation(count, height, width, generator, least_scale=LEAST_SCALE):
 
 
 def augment(images, boxes, flips, factors=None):
-    """Flip the images left to right where `flips` says so, cut out `boxes`, enlarge them to full size, change the colours.
+    """Flip images horizontally, crop, resize to full size, change the colours.
 
-    images [B, 3, H, W] with values in 0..255, boxes int64 [B, 4], flips bool [B], factors [B, 3] or None (colours stay);
-    returns float32 [B, 3, H, W] in 0..255. The interpolation is bilinear and, as in torchvision, sees nothing outside
-    the crop.
+    images [B, 3, H, W] with values in 0..255, boxes int64 [B, 4], flips bool [B], factors [B, 3] or
+    None (colours stay); returns float32 [B, 3, H, W] in 0..255. The interpolation is bilinear and,
+    as in torchvision, sees nothing outside the crop.
     """
     height, width = images.shape[2:]
     rows = _interpolation(boxes[:, 0], boxes[:, 2], height)  # [B, H, H]
     columns = _interpolation(boxes[:, 1], boxes[:, 3], width)  # [B, W, W]
-    # The crop is taken from the flipped image: column w of that is column W-1-w of the one at hand.
+    # The crop is taken from the flipped image, whose column w is column W-1-w of the original.
     columns = torch.where(flips[:, None, None], columns.flip(2), columns)
-    # Bilinear interpolation is linear in each direction: two matrix products do it for the whole batch.
+    # Bilinear interpolation is linear in each direction: two matrix products for the whole batch.
     augmented = rows[:, None] @ images.float() @ columns[:, None].transpose(2, 3)
     augmented = augmented.contiguous(memory_format=torch.channels_last)
     return augmented if factors is None else jitter_colors(augmented, factors)
 
 
 def draw_jitter(count, strength, generator):
-    """Draw factors of brightness, contrast and saturation, uniform in 1 - strength .. 1 + strength; float32 [count, 3]."""
+    """Draw factors of brightness, contrast and saturation, float32 [count, 3].
+
+    They are uniform in 1 - strength .. 1 + strength.
+    """
     return 1 + strength * (2 * torch.rand(count, 3, generator=generator) - 1)
 
 
 def jitter_colors(images, factors):
-    """Change brightness, then contrast, then saturation of images [B, 3, H, W] in 0..255 by factors [B, 3].
+    """Change brightness, then contrast, then saturation by factors [B, 3].
 
-    Contrast blends with the mean grey of the image, saturation with the grey of each pixel, as in torchvision.
+    images [B, 3, H, W] with values in 0..255.
+    Contrast blends with the mean grey of the image, saturation with the grey of each pixel, as in
+    torchvision.
     """
     brightness, contrast, saturation = factors.T[:, :, None, None, None]
     images = (images * brightness).clamp(0, 255)
@@ -99,9 +107,10 @@ def _grey(images):
 
 
 def _interpolation(start, length, size):
-    """Return [B, size, size]: row i holds the weights of the `size` input pixels in output pixel i."""
+    """Return [B, size, size]: row i holds the weights of all input pixels in output pixel i."""
     pixels = torch.arange(size, device=start.device, dtype=torch.float32)
     start, length = start[:, None].float(), length[:, None].float()
-    source = start + (pixels + 0.5) * length / size - 0.5  # centre of each output pixel, in input pixels
+    # The centre of each output pixel, in input pixels.
+    source = start + (pixels + 0.5) * length / size - 0.5
     source = torch.minimum(torch.maximum(source, start), start + length - 1)
     return (1 - (source[:, :, None] - pixels).abs()).clamp(min=0)

@@ -1,4 +1,4 @@
-"""A script's `Config` dataclass from its defaults and `--name=value`; errors of one line."""
+"""A script's `Config` dataclass from its defaults, a recipe and `--name=value`; one-line errors."""
 
 import argparse
 import dataclasses
@@ -13,37 +13,41 @@ import threading
 import tokenize
 from typing import get_args, get_origin
 
-LARGEST_RATE = 1000  # of a learning rate; far above any use, far below what overflows
-LARGEST_SEED = 2**63 - 1  # that torch's generators take
-
 
 class UserError(Exception):
     """Something the user can put right. The message is one line: found, needed, what to do."""
 
     def __init__(self, message):
-        super().__init__(" ".join(line.strip() for line in str(message).splitlines()))  # what a library says may have several
+        # A library's own words, quoted in the message, may run over several lines.
+        super().__init__(" ".join(line.strip() for line in str(message).splitlines()))
 
 
 def run_script(main, config_class, recipes=None):
-    """Read the command line, call `main(cfg)` and leave with its exit code (2 after a `UserError`).
+    """Read the command line, call `main(cfg)` and leave with its exit code (2 after an error).
 
     recipes: {name: {field: value}} for `--recipe=name`, if the class has a field of that name.
+    What a library refuses (a value out of its range, memory that is not there) ends in one line,
+    too; with `python -X dev` it keeps its traceback.
     """
     script = os.path.basename(sys.argv[0])
     try:
-        cfg = parse_config(config_class, sys.argv[1:], script, inspect.getmodule(main).__doc__, recipes)
+        doc = inspect.getmodule(main).__doc__
+        cfg = parse_config(config_class, sys.argv[1:], script, doc, recipes)
         for line in changed_values(cfg):
             print(line)
         code = main(cfg) or 0
-    except UserError as error:
-        sys.stdout.flush()
-        print(f"{script}: error: {error}", file=sys.stderr)
-        code = 2
     except KeyboardInterrupt:
         print(f"{script}: stopped; what was saved before is intact", file=sys.stderr)
         code = 130
-    if code and any(thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate()):
-        # Python would wait for the threads until they have finished what they do, an adaptation of a minute perhaps.
+    except (UserError, RuntimeError, ValueError, OverflowError, MemoryError) as error:
+        if sys.flags.dev_mode and not isinstance(error, UserError):
+            raise
+        sys.stdout.flush()
+        print(f"{script}: error: {_one_line(error)}", file=sys.stderr)
+        code = 2
+    others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+    if code and not all(thread.daemon for thread in others):
+        # Python would wait for the threads until they finish, an adaptation of a minute perhaps.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -51,12 +55,19 @@ def run_script(main, config_class, recipes=None):
 
 
 def parse_config(config_class, argv, script="script", doc="", recipes=None):
-    """Return `config_class` with the values of `argv` (`--name=value`), else of the recipe, in place of its defaults.
+    """Return `config_class` with the values of `argv`, else of the recipe, else its defaults.
 
-    Field types may be int, float, bool, str, tuple[int, ...], tuple[float, ...] and tuple[str, ...]. Raises
-    UserError for an unknown name, a value of the wrong type or one that the class itself refuses.
+    argv: `--name=value` each. Field types may be int, float, bool, str, tuple[int, ...],
+    tuple[float, ...] and tuple[str, ...]. Raises UserError for an unknown name, a value of the
+    wrong type or one that the class itself refuses.
     """
-    parser = _Parser(prog=script, usage=f"python {script} [--name=value ...]", description=doc, allow_abbrev=False, formatter_class=_HelpFormat)
+    parser = _Parser(
+        prog=script,
+        usage=f"python {script} [--name=value ...]",
+        description=doc,
+        allow_abbrev=False,
+        formatter_class=_HelpFormat,
+    )
     group = parser
     meanings = field_meanings(config_class)
     for field in dataclasses.fields(config_class):
@@ -70,14 +81,11 @@ def parse_config(config_class, argv, script="script", doc="", recipes=None):
             metavar=type_name(field.type),
             help=f"{meaning} (default {show(field.default)})".replace("%", "%%"),
         )
-    values, unknown = parser.parse_known_args([word for word in argv if word != "--"])
-    unknown += [word for word in argv if word == "--"]  # argparse would take all behind it for something else
+    values, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise UserError(_unknown_option(unknown[0], [field.name for field in dataclasses.fields(config_class)]))
+        names = [field.name for field in dataclasses.fields(config_class)]
+        raise UserError(_unknown_option(unknown[0], names))
     given = vars(values)
-    swallowed = [name for name, value in given.items() if isinstance(value, list)]  # argparse drops a value of "--"
-    if swallowed:
-        raise UserError(f"--{swallowed[0]}: invalid value '--'; --help lists every option")
     recipe = given.get("recipe", getattr(config_class, "recipe", None))
     if recipes and recipe not in recipes:
         raise UserError(f"there is no recipe {recipe!r}; take one of {', '.join(recipes)}")
@@ -85,13 +93,14 @@ def parse_config(config_class, argv, script="script", doc="", recipes=None):
 
 
 def field_meanings(config_class):
-    """Read {field: (group, meaning)} from the comments in the class's source, so that nothing is written twice.
+    """Read {field: (group, meaning)} from the comments in the class's source.
 
-    A comment on a line of its own opens a group; the comment behind a field is its meaning.
+    A comment on a line of its own opens a group, and the comment behind a field is its meaning: so
+    the help and the source cannot disagree.
     """
     meanings, group = {}, "options"
-    source = inspect.getsource(config_class)
-    for token in tokenize.generate_tokens(io.StringIO(inspect.cleandoc(source)).readline):
+    source = inspect.cleandoc(inspect.getsource(config_class))
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type != tokenize.COMMENT:
             continue
         text = token.string.lstrip("# ").strip()
@@ -100,7 +109,8 @@ def field_meanings(config_class):
             meanings[field[1]] = (group, text)
         else:
             group = text
-    return {field.name: meanings.get(field.name, (group, "")) for field in dataclasses.fields(config_class)}
+    fields = dataclasses.fields(config_class)
+    return {field.name: meanings.get(field.name, (group, "")) for field in fields}
 
 
 def changed_values(cfg):
@@ -123,47 +133,39 @@ def show(value):
 
 
 def type_name(kind):
-    """Name a field's type for `--help`: int, float, true|false, text, or a list such as int,int,..."""
+    """Name a field's type for `--help`: int, float, true|false, text, or a list: int,int,..."""
     if get_origin(kind) is tuple:
         item = type_name(get_args(kind)[0])
         return f"{item},{item},..."
     return {bool: "true|false", str: "text"}.get(kind, kind.__name__)
 
 
-def require_at_least(cfg, least, *names):
-    """Raise UserError unless each named number (or each number of a named list) is at least `least`."""
+def require(cfg, *names, above=-math.inf, least=-math.inf, most=math.inf):
+    """Raise UserError unless above < value, least <= value <= most for each named number.
+
+    A named list is checked number by number.
+    """
     for name in names:
-        for value in _items(cfg, name):
-            if not value >= least:
-                raise UserError(f"{name} is {value}, but at least {least} is needed: pass --{name}=N with N >= {least}")
-
-
-def require_at_most(cfg, most, *names):
-    """Raise UserError unless each named number (or each number of a named list) is at most `most`."""
-    for name in names:
-        for value in _items(cfg, name):
-            if not value <= most:
-                raise UserError(f"{name} is {value}, but at most {most} is possible: pass --{name}=X with X <= {most}")
-
-
-def require_positive(cfg, *names):
-    """Raise UserError unless each named number (or each number of a named list) is above zero and finite."""
-    for name in names:
-        for value in _items(cfg, name):
-            if not 0 < value < math.inf:
-                raise UserError(f"{name} is {value}, but a number above 0 is needed: pass --{name}=X with X > 0")
+        value = getattr(cfg, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if not number > above:
+                needed, example = f"a number above {above}", f"X with X > {above}"
+            elif not number >= least:
+                needed, example = f"at least {least}", f"N with N >= {least}"
+            elif not number <= most:
+                needed, example = f"at most {most}", f"X with X <= {most}"
+            else:
+                continue
+            message = f"{name} is {number}, but {needed} is needed: pass --{name}={example}"
+            raise UserError(message)
 
 
 def require_one_of(cfg, name, allowed):
     """Raise UserError unless the named value is one of `allowed`."""
     value = getattr(cfg, name)
     if value not in allowed:
-        raise UserError(f"{name} is {value!r}, but one of {', '.join(allowed)} is needed{_nearest(value, allowed, f'--{name}=')}")
-
-
-def _items(cfg, name):
-    value = getattr(cfg, name)
-    return value if isinstance(value, tuple) else (value,)
+        hint = _nearest(value, allowed, f"--{name}=")
+        raise UserError(f"{name} is {value!r}, but one of {', '.join(allowed)} is needed{hint}")
 
 
 class _HelpFormat(argparse.RawDescriptionHelpFormatter):
@@ -180,7 +182,7 @@ class _HelpFormat(argparse.RawDescriptionHelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse's parser, but an error is raised as UserError instead of printed with the whole usage."""
+    """argparse's parser, but an error is raised as UserError instead of printed with the usage."""
 
     def error(self, message):
         found = re.match(r"argument --(\w+): (.*)", message)
@@ -191,38 +193,49 @@ class _Parser(argparse.ArgumentParser):
 def _reader(kind):
     """Return the function that turns a word of the command line into a value of type `kind`."""
     if get_origin(kind) is tuple:
-        read = _reader(get_args(kind)[0])
-        return _named(lambda text: tuple(read(word.strip()) for word in text.split(",")) if text.strip() else (), type_name(kind))
-    return {bool: _named(_read_bool, "true|false"), float: _named(_read_float, "float")}.get(kind, kind)
+        item = _reader(get_args(kind)[0])
 
+        def read(text):
+            return tuple(item(word.strip()) for word in text.split(",")) if text.strip() else ()
 
-def _named(read, name):
+    else:
+        read = {bool: _read_bool, float: _read_float}.get(kind)
+    if not read:
+        return kind
     # argparse words its message with the reader's __name__: "invalid float value: 'abc'".
-    read.__name__ = name
+    read.__name__ = type_name(kind)
     return read
 
 
 def _read_bool(text):
-    return {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else _fail(text)
+    if text.lower() not in ("true", "false"):
+        raise ValueError(text)
+    return text.lower() == "true"
 
 
 def _read_float(text):
     value = float(text)
-    return value if math.isfinite(value) else _fail(text)
-
-
-def _fail(text):
-    raise ValueError(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    return value
 
 
 def _unknown_option(word, names):
     option = word.split("=")[0]
     if not option.startswith("--"):
         return f"found {word!r}, but options are written --name=value; --help lists every option"
-    name = option[2:]
-    return f"unknown option {option}{_nearest(name, names, '--') or '; --help lists every option'}"
+    nearest = _nearest(option[2:], names, "--")
+    return f"unknown option {option}{nearest or '; --help lists every option'}"
 
 
 def _nearest(word, names, prefix):
     near = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6)
     return f": did you mean {prefix}{near[0]}?" if near else ""
+
+
+def _one_line(error):
+    """Return an error's message in one line; a library's own error is named by its class."""
+    if isinstance(error, UserError):
+        return str(error)
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}"

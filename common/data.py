@@ -1,7 +1,7 @@
-"""A named data set as tensors; its split by class; normalisation.
+"""A named data set as tensors; class splits; normalisation.
 
-On disk a data set is `<data_dir>/<name>.npz` with `images` uint8 [N, H, W, 3], `labels` int64 [N] in 0..C-1 and
-`class_names` str [C]; or a folder `<data_dir>/<name>/<class>/*.png|jpg`.
+On disk a data set is `<data_dir>/<name>.npz` with `images` uint8 [N, H, W, 3], `labels` int64 [N]
+in 0..C-1 and `class_names` str [C]; or a folder `<data_dir>/<name>/<class>/*.png|jpg`.
 """
 
 import functools
@@ -24,13 +24,16 @@ from common.glyphs import draw_glyph_digits, draw_glyphs
 CIFAR100_MEAN = (0.50707516, 0.48654887, 0.44091784)
 CIFAR100_STD = (0.26733429, 0.25643846, 0.27615047)
 
-SMALLEST_IMAGE = 29  # pixels; the encoder halves its input five times and needs one pixel in the end
-DIGITS_PER_CLASS = 500  # images of each digit in the second domains, as many as the tutorial takes of SVHN
+SMALLEST_IMAGE = 29  # pixels: the encoder halves its input five times and needs one at the end
+DIGITS_PER_CLASS = 500  # images per digit in the unseen domains, as many as the tutorial takes
 
 
 @dataclass
 class ImageSet:
-    """Images of some classes: `images` uint8 [N, 3, H, W], `labels` int64 [N] in 0..C-1, `class_names` of length C."""
+    """Images of some classes.
+
+    images: uint8 [N, 3, H, W]; labels: int64 [N] in 0..C-1; class_names: C of them.
+    """
 
     name: str
     images: torch.Tensor
@@ -40,11 +43,15 @@ class ImageSet:
     def of_classes(self, names):
         """Return the ImageSet of the named classes, labels renumbered in the order of `names`.
 
-        Images stay in the order that they have here. Raises UserError for a name that is not in the data set.
+        Images stay in the order that they have here. Raises UserError for a name that is not in
+        the data set.
         """
         missing = [name for name in names if name not in self.class_names]
         if missing:
-            raise UserError(f"data set {self.name} has no class {missing[0]!r} (it has {len(self.class_names)} classes); use the data set that the class split was made from")
+            raise UserError(
+                f"data set {self.name} has no class {missing[0]!r} (it has {len(self.class_names)} "
+                "classes); use the data set that the class split was made from"
+            )
         new_label = torch.full((len(self.class_names),), -1)
         new_label[[self.class_names.index(name) for name in names]] = torch.arange(len(names))
         labels = new_label[self.labels]
@@ -52,7 +59,7 @@ class ImageSet:
         return ImageSet(self.name, self.images[kept], labels[kept], list(names))
 
     def to(self, device):
-        """Return the same ImageSet with its tensors on `device`, stored channels last as convolutions read them."""
+        """Return the same ImageSet on `device`, stored channels last as convolutions read it."""
         images = self.images.to(device).contiguous(memory_format=torch.channels_last)
         return ImageSet(self.name, images, self.labels.to(device), self.class_names)
 
@@ -64,25 +71,62 @@ class ImageSet:
         return digest.hexdigest()
 
 
-def load_dataset(name, data_dir):
-    """Return the ImageSet `name` from `data_dir`, first making its file where that is absent and it can be made.
+@dataclass
+class TrainingData:
+    """What a trainer works on: two disjoint sets of classes, and the numbers that normalise images.
 
-    Known by name: cifar100, svhn, mnist (downloaded through torchvision), glyphs, glyph_digits (drawn). Any other
-    name is a file or a folder of the user's. Raises UserError where there is no such data or it is malformed.
+    split: {"train", "val", "test"}, lists of class names; the test classes are evaluate.py's.
+    mean, std: per channel, of pixel values in 0..1. digest: SHA-256 of the whole data set.
+    """
+
+    train: ImageSet
+    val: ImageSet
+    split: dict
+    mean: tuple
+    std: tuple
+    digest: str
+
+    def normalize(self, images):
+        """Return images [B, 3, H, W] with values in 0..255 as the encoder wants them."""
+        return normalize(images, self.mean, self.std)
+
+
+def load_training_data(name, data_dir, device):
+    """Return the TrainingData of the data set `name`, its images on `device`.
+
+    Raises UserError as `load_dataset` and `split_classes` do.
+    """
+    data = load_dataset(name, data_dir)
+    split = split_classes(data.class_names)
+    train, val = data.of_classes(split["train"]), data.of_classes(split["val"])
+    mean, std = channel_statistics(train)
+    return TrainingData(train.to(device), val.to(device), split, mean, std, data.digest())
+
+
+def load_dataset(name, data_dir):
+    """Return the ImageSet `name` from `data_dir`, where it is downloaded or drawn if need be.
+
+    Known by name: cifar100, svhn, mnist (downloaded through torchvision), glyphs, glyph_digits
+    (drawn). Any other name is a file or a folder of the user's. Raises UserError where there is no
+    such data or it is malformed.
     """
     file, folder = Path(data_dir, f"{name}.npz"), Path(data_dir, name)
     # A name that is a path, or longer than a file's name may be, never reaches the file system.
-    if name in ("", ".", "..") or Path(name).name != name or "\0" in name or len(name.encode()) > 200:
-        raise UserError(f"{name!r} is not the name of a data set: pass a plain name, and the folder that holds it as --data_dir=FOLDER")
+    if name in ("", "..") or Path(name).name != name or "\0" in name or len(name.encode()) > 200:
+        raise UserError(
+            f"{name!r} is not the name of a data set: pass a plain name, and the folder that holds "
+            "it as --data_dir=FOLDER"
+        )
     if file.exists():
         return _read_npz(name, file)
-    # Not for the names in SOURCES: torchvision keeps its files in a folder MNIST, which some systems find as mnist, too.
+    # Not for the names in SOURCES: torchvision keeps its files in a folder MNIST, which a file
+    # system that ignores case finds as mnist, too.
     if folder.is_dir() and name not in SOURCES:
         return _read_folder(name, folder)
     if name not in SOURCES:
         raise UserError(
-            f"there is no data set {name!r}: found neither {file} nor the folder {folder}; put one there "
-            f"(see README, Your own data) or take one of {', '.join(SOURCES)}"
+            f"there is no data set {name!r}: found neither {file} nor the folder {folder}; put "
+            f"one there (see README, Your own data) or take one of {', '.join(SOURCES)}"
         )
     images, labels, class_names = SOURCES[name](name, Path(data_dir))
     with atomic_file(file) as temporary:
@@ -92,24 +136,30 @@ def load_dataset(name, data_dir):
 
 
 def split_classes(class_names, seed=0):
-    """Split class names at random into {"train", "val", "test"}: 80, 10 and 10 of 100, other numbers in proportion.
+    """Split class names at random into {"train", "val", "test"}: 80, 10 and 10 of 100.
 
-    For 100 classes and seed 0 this is the tutorial's split. Validation and test have at least 2 classes each.
+    Other numbers of classes are split in proportion. For 100 classes and seed 0 this is the
+    tutorial's split. Validation and test have at least 2 classes each.
     Raises UserError for fewer than 6 classes.
     """
     count = len(class_names)
     if count < 6:
-        raise UserError(f"found {count} classes, but at least 6 are needed to train, validate and test on different ones; add classes to the data set")
+        raise UserError(
+            f"found {count} classes, but at least 6 are needed to train, validate and test on "
+            "different ones; add classes to the data set"
+        )
     held_out = max(2, round(0.1 * count))
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     names = [class_names[index] for index in order]
-    return {"train": names[: count - 2 * held_out], "val": names[count - 2 * held_out : count - held_out], "test": names[count - held_out :]}
+    val, test = count - 2 * held_out, count - held_out  # where these begin
+    return {"train": names[:val], "val": names[val:test], "test": names[test:]}
 
 
 def channel_statistics(train_set):
     """Return (mean, std) per channel, three floats each, of pixel values in 0..1, for normalising.
 
-    For cifar100 they are the constants that the tutorial uses, for other data sets those of `train_set`'s images.
+    For cifar100 they are the constants that the tutorial uses, for other data sets those of
+    `train_set`'s images.
     """
     if train_set.name == "cifar100":
         return CIFAR100_MEAN, CIFAR100_STD
@@ -127,62 +177,84 @@ def channel_statistics(train_set):
 
 
 def normalize(images, mean, std):
-    """Return images [B, 3, H, W] with values in 0..255 as float32 with (x / 255 - mean) / std per channel."""
-    return (images.float() / 255 - _per_channel(tuple(mean), images.device)) / _per_channel(tuple(std), images.device)
+    """Return images [B, 3, H, W] in 0..255 as float32 (x / 255 - mean) / std per channel."""
+    mean, std = (_per_channel(tuple(values), images.device) for values in (mean, std))
+    return (images.float() / 255 - mean) / std
 
 
-@functools.cache  # made once per device: every step needs them, and a copy to a GPU makes it wait
+@functools.cache  # every step needs them, and copying them to a GPU would make it wait
 def _per_channel(values, device):
     return torch.tensor(values, device=device).view(1, 3, 1, 1)
 
 
 def _read_npz(name, file):
-    how = f"the format is images uint8 [N, H, W, 3], labels int64 [N], class_names str [C]; delete {file} or write it again"
+    how = (
+        "the format is images uint8 [N, H, W, 3], labels int64 [N], class_names str [C]; "
+        f"delete {file} or write it again"
+    )
     try:
         with open(file, "rb") as handle, np.lib.npyio.NpzFile(handle, allow_pickle=False) as arrays:
             found = set(arrays.files)
             missing = {"images", "labels", "class_names"} - found
             if missing:
-                raise UserError(f"{file} has no array {sorted(missing)[0]!r} (found: {', '.join(sorted(found)) or 'none'}); {how}")
-            images, labels, class_names = (np.asarray(arrays[key]) for key in ("images", "labels", "class_names"))
+                found = ", ".join(sorted(found)) or "none"
+                raise UserError(f"{file} has no array {min(missing)!r} (found: {found}); {how}")
+            images, labels = np.asarray(arrays["images"]), np.asarray(arrays["labels"])
+            class_names = np.asarray(arrays["class_names"])
+            names = class_names.tolist()
     except UserError:
         raise
-    except Exception as error:  # a damaged archive can fail in any layer below: zip, zlib, numpy's header parser, the allocation it asks for
-        raise UserError(f"{file} cannot be read as a data set: {str(error) or type(error).__name__}; {how}") from error
+    # A damaged archive can fail in any layer below: zip, zlib, numpy's header, the memory it asks
+    # for.
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{file} cannot be read as a data set: {reason}; {how}") from error
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise UserError(f"{file}: images are {images.dtype} {list(images.shape)}; {how}")
     if labels.dtype != np.int64 or labels.shape != images.shape[:1]:
-        raise UserError(f"{file}: labels are {labels.dtype} {list(labels.shape)} for {len(images)} images; {how}")
+        found = f"labels are {labels.dtype} {list(labels.shape)} for {len(images)} images"
+        raise UserError(f"{file}: {found}; {how}")
     if class_names.dtype.kind != "U" or class_names.ndim != 1:
-        raise UserError(f"{file}: class_names are {class_names.dtype} {list(class_names.shape)}; {how}")
-    return _image_set(name, images, labels, class_names.tolist(), file)
+        found = f"class_names are {class_names.dtype} {list(class_names.shape)}"
+        raise UserError(f"{file}: {found}; {how}")
+    return _image_set(name, images, labels, names, file)
 
 
 def _read_folder(name, folder):
     class_folders = [path for path in _listed(folder) if path.is_dir()]
     if not class_folders:
-        raise UserError(f"{folder} holds no class: put the images of each class into a folder {folder}/<class>/")
+        where = f"{folder}/<class>/"
+        raise UserError(f"{folder} holds no class: put the images of each class into {where}")
     images, labels, first = [], [], None
     for label, class_folder in enumerate(class_folders):
-        files = [path for path in _listed(class_folder) if path.suffix.lower() in (".png", ".jpg", ".jpeg")]
+        suffixes = (".png", ".jpg", ".jpeg")
+        files = [path for path in _listed(class_folder) if path.suffix.lower() in suffixes]
         if not files:
-            raise UserError(f"class folder {class_folder} holds no .png or .jpg file; add images or remove the folder")
+            raise UserError(
+                f"class folder {class_folder} holds no .png or .jpg file; add images or remove it"
+            )
         for file in files:
             image = _read_image(file)
             first = first or (file, image.shape)
             if image.shape != first[1]:
-                raise UserError(f"{file} is {_size(image.shape)} but {first[0]} is {_size(first[1])}; bring all images to one size")
+                raise UserError(
+                    f"{file} is {_size(image.shape)} but {first[0]} is {_size(first[1])}; "
+                    "bring all images to one size"
+                )
             images.append(image)
             labels.append(label)
-    return _image_set(name, np.stack(images), np.array(labels, dtype=np.int64), [path.name for path in class_folders], folder)
+    class_names = [path.name for path in class_folders]
+    labels = np.array(labels, dtype=np.int64)
+    return _image_set(name, np.stack(images), labels, class_names, folder)
 
 
 def _listed(folder):
-    """Return the paths in a folder, sorted, without hidden ones (macOS puts a ._x.png beside x.png)."""
+    """Return a folder's paths, sorted, without hidden ones (macOS puts a ._x.png beside x.png)."""
     try:
         return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
-        raise UserError(f"{folder} cannot be read: {error.strerror}; change its permissions") from error
+        reason = f"{folder} cannot be read: {error.strerror}"
+        raise UserError(f"{reason}; change its permissions") from error
 
 
 def _read_image(file):
@@ -192,7 +264,8 @@ def _read_image(file):
                 image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
             return np.asarray(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{file} cannot be read as an image: {error}; replace or remove it") from error
+        reason = f"{file} cannot be read as an image: {error}"
+        raise UserError(f"{reason}; replace or remove it") from error
 
 
 def _size(shape):
@@ -203,20 +276,33 @@ def _image_set(name, images, labels, class_names, source=None):
     """Check what both formats must hold, and return the ImageSet."""
     count = len(class_names)
     if min(images.shape[1:3]) < SMALLEST_IMAGE:
-        raise UserError(f"{source}: images are {_size(images.shape[1:])}, but the encoder needs at least {SMALLEST_IMAGE}x{SMALLEST_IMAGE}; enlarge or pad them (32x32 is usual)")
+        raise UserError(
+            f"{source}: images are {_size(images.shape[1:])}, but the encoder needs at least "
+            f"{SMALLEST_IMAGE}x{SMALLEST_IMAGE}; enlarge or pad them (32x32 is usual)"
+        )
     if len(set(class_names)) != count or count < 2:
-        raise UserError(f"{source}: found {len(set(class_names))} different class names in {count}, but at least 2, all different, are needed; name each class once")
+        raise UserError(
+            f"{source}: found {len(set(class_names))} different class names in {count}, but at "
+            "least 2, all different, are needed; name each class once"
+        )
     if labels.min(initial=0) < 0 or labels.max(initial=0) >= count:
-        raise UserError(f"{source}: labels run from {labels.min()} to {labels.max()}, but {count} class names need labels 0 to {count - 1}; renumber them")
+        raise UserError(
+            f"{source}: labels run from {labels.min()} to {labels.max()}, but {count} class names "
+            f"need labels 0 to {count - 1}; renumber them"
+        )
     empty = np.flatnonzero(np.bincount(labels, minlength=count) == 0)
     if len(empty):
-        raise UserError(f"{source}: class {class_names[empty[0]]!r} has no image; add images or remove the class")
+        name = class_names[empty[0]]
+        raise UserError(f"{source}: class {name!r} has no image; add images or remove the class")
     # [N, H, W, 3] seen as [N, 3, H, W] is channels last already: no copy.
-    return ImageSet(name, torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels), class_names)
+    return ImageSet(
+        name, torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels), class_names
+    )
 
 
 def _cifar100(root):
-    parts = [torchvision.datasets.CIFAR100(root, train=train, download=True) for train in (True, False)]
+    cifar100 = torchvision.datasets.CIFAR100
+    parts = [cifar100(root, train=train, download=True) for train in (True, False)]
     images = np.concatenate([part.data for part in parts])
     labels = np.concatenate([np.array(part.targets, dtype=np.int64) for part in parts])
     return images, labels, parts[0].classes
@@ -224,7 +310,8 @@ def _cifar100(root):
 
 def _svhn(root):
     test = torchvision.datasets.SVHN(root, split="test", download=True)
-    return *_first_of_each(test.data.transpose(0, 2, 3, 1), test.labels.astype(np.int64)), list("0123456789")
+    images, labels = test.data.transpose(0, 2, 3, 1), test.labels.astype(np.int64)
+    return *_first_of_each(images, labels), list("0123456789")
 
 
 def _mnist(root):
@@ -235,25 +322,28 @@ def _mnist(root):
 
 
 def _first_of_each(images, labels):
-    """Return the first 500 images of each digit, digit by digit; fewer of each where one digit has fewer."""
+    """Return the first 500 images of each digit, or fewer of each where one digit has fewer."""
     count = min(DIGITS_PER_CLASS, np.bincount(labels).min())
     rows = np.concatenate([np.flatnonzero(labels == digit)[:count] for digit in range(10)])
     return np.ascontiguousarray(images[rows]), labels[rows]
 
 
 def _downloaded(read, files, address):
-    """Turn a torchvision reader into a source whose failure says which file is missing and where it goes."""
+    """Return a source whose failure says which file is missing and where it goes."""
 
     def source(name, root):
         timeout = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(30)  # seconds without a byte; a silent server must not hold the script for ever
+        # Seconds without a byte: a silent server must not hang the script.
+        socket.setdefaulttimeout(30)
         try:
             os.makedirs(root, exist_ok=True)
             return read(str(root))
-        except Exception as error:  # the layers below raise nearly anything: URLError, tarfile.ReadError, ValueError, ...
+        # The layers below raise nearly anything: URLError, tarfile.ReadError, ValueError, ...
+        except Exception as error:
             raise UserError(
-                f"{root / (name + '.npz')} is missing and could not be downloaded ({type(error).__name__}: {error}); "
-                f"put {files} from {address} into {root}/ and start again, or set PATH_DATASETS to a folder that has {name}.npz"
+                f"{root / (name + '.npz')} is missing and could not be downloaded "
+                f"({type(error).__name__}: {error}); put {files} from {address} into {root}/ and "
+                f"start again, or set PATH_DATASETS to a folder that has {name}.npz"
             ) from error
         finally:
             socket.setdefaulttimeout(timeout)
@@ -265,11 +355,18 @@ def _drawn(draw):
     return lambda name, root: draw()
 
 
-# Data sets that can be made where their file is absent: name -> function(name, data_dir) -> images, labels, class names.
+# Data sets that can be made where their file is absent:
+# name -> function(name, data_dir) -> images, labels, class names.
 SOURCES = {
-    "cifar100": _downloaded(_cifar100, "cifar-100-python.tar.gz", "https://www.cs.toronto.edu/~kriz/cifar.html"),
+    "cifar100": _downloaded(
+        _cifar100, "cifar-100-python.tar.gz", "https://www.cs.toronto.edu/~kriz/cifar.html"
+    ),
     "svhn": _downloaded(_svhn, "test_32x32.mat", "http://ufldl.stanford.edu/housenumbers/"),
-    "mnist": _downloaded(_mnist, "the four .gz files of MNIST, in MNIST/raw,", "https://ossci-datasets.s3.amazonaws.com/mnist/"),
+    "mnist": _downloaded(
+        _mnist,
+        "the four .gz files of MNIST, in MNIST/raw,",
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    ),
     "glyphs": _drawn(draw_glyphs),
     "glyph_digits": _drawn(draw_glyph_digits),
 }

@@ -10,35 +10,49 @@ from common.config import UserError
 
 
 def pick_device(name):
-    """Return the torch.device called `name` ("auto": CUDA, else Apple's MPS, else the CPU), ready for the scripts.
+    """Return the torch.device called `name` ("auto": CUDA, else Apple's MPS, else the CPU).
 
     Raises UserError where the device is not there. On CUDA, float32 products may use TF32.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     if not re.fullmatch(r"cpu|mps|cuda(:\d)?", name):
-        raise UserError(f"there is no device {name!r} here; pass --device=auto, --device=cuda (cuda:1 and so on), --device=mps or --device=cpu")
+        raise UserError(
+            f"there is no device {name!r} here; pass --device=auto, --device=cuda (cuda:1 and so "
+            "on), --device=mps or --device=cpu"
+        )
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); pass --device=auto or --device=cpu") from error
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"device {name!r} cannot be used here ({reason}); pass --device=auto or --device=cpu"
+        ) from error
     if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)  # streams and graphs belong to the device that is set
+        torch.cuda.set_device(
+            device.index or 0
+        )  # streams and graphs are made on the current device
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True  # few shapes, and each comes many times
+        torch.backends.cudnn.benchmark = True  # few shapes, each of them many times
     if device.type == "cpu":
         keep_freed_memory()
     return device
 
 
 def keep_freed_memory():
-    """Let this process keep the memory that it frees, for the next step, where the C library is glibc.
+    """Let this process keep the memory that it frees, where the C library is glibc.
 
-    It would give large pieces back to the system and get them again, emptied, thousands of times in a training step: 8
-    to 10 % of its time.
+    By default glibc gives large blocks back to the system and gets them again, zeroed, thousands of
+    times in a training step: 8 to 10 % of its time.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: bytes free at the end of the heap before it shrinks
-        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: bytes from which a tensor is not on the heap; the most that is allowed
+        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: free bytes at the heap's end before it shrinks
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: larger tensors are not on the heap; the maximum

@@ -10,10 +10,10 @@ from common.config import UserError
 
 @contextlib.contextmanager
 def atomic_file(path):
-    """Yield a temporary name in `path`'s folder; on success flush it and rename it to `path`, else remove it.
+    """Yield a temporary name in `path`'s folder; on success flush it and rename it to `path`.
 
-    The folder is made where absent. Raises UserError where the folder or the file cannot be written (no
-    permission, disk full): the file that was at `path` before is then still there, whole.
+    The folder is made where absent. Raises UserError where the folder or the file cannot be written
+    (no permission, disk full): the file that was at `path` before is then still there, whole.
     """
     folder, name = os.path.split(os.path.abspath(path))
     # The suffix stays the last part: numpy and matplotlib choose their format by it.
@@ -28,7 +28,9 @@ def atomic_file(path):
         os.replace(temporary, path)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"cannot write {path}: {reason}; free some space there or choose another folder") from error
+        raise UserError(
+            f"cannot write {path}: {reason}; free some space there or choose another folder"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
@@ -41,7 +43,7 @@ def write_text(path, text):
 
 
 def sha256(path):
-    """Return the SHA-256 of a file's bytes in hexadecimal. Raises OSError where it cannot be read."""
+    """Return the SHA-256 of a file's bytes in hexadecimal. Raises OSError as `open` does."""
     with open(path, "rb") as file:
         return hashlib.sha256(file.read()).hexdigest()
 

@@ -43,13 +43,17 @@ COMPUTER_MODERN = ["cmr10", "cmb10", "cmss10", "cmtt10"]
 
 # No two of these are the same shape up to size and the rotations and shears below.
 CHARACTERS = (
-    "ABDEFGHKLMNPQRSTWXYZ" "abdefghjmtæ"  # Latin
-    "ΓΔΘΞΠΣΦΨΩ" "βδελμξσω"  # Greek
+    "ABDEFGHKLMNPQRSTWXYZ"
+    "abdefghjmtæ"  # Latin
+    "ΓΔΘΞΠΣΦΨΩ"
+    "βδελμξσω"  # Greek
     "БДЖИЦЧШЫЭЮЯЂЉѪӘ"  # Cyrillic
     "ԲԴԺԽՁՃՔՖ"  # Armenian
     "ადთმჟრფქ"  # Georgian
     "אל"  # Hebrew
-    "&@#%?§€£₹" "∞∫√∀≠→↺↯" "☺♫"
+    "&@#%?§€£₹"
+    "∞∫√∀≠→↺↯"
+    "☺♫"
 )
 DIGITS = "0123456789"
 
@@ -70,12 +74,28 @@ class Look(NamedTuple):
 
 
 GLYPH_LOOK = Look(
-    size=(17, 27), stretch=(0.75, 1.3), rotation=(-25, 25), shear=(-0.3, 0.3), shift=(-3, 3),
-    contrast=(0.4, 1.0), dark_ink=0.9, texture=(0.2, 0.8), blur=(0.0, 0.25), noise=(0.01, 0.07),
+    size=(17, 27),
+    stretch=(0.75, 1.3),
+    rotation=(-25, 25),
+    shear=(-0.3, 0.3),
+    shift=(-3, 3),
+    contrast=(0.4, 1.0),
+    dark_ink=0.9,
+    texture=(0.2, 0.8),
+    blur=(0.0, 0.25),
+    noise=(0.01, 0.07),
 )
 DIGIT_LOOK = Look(
-    size=(18, 27), stretch=(0.8, 1.3), rotation=(-12, 12), shear=(-0.25, 0.25), shift=(-2, 2),
-    contrast=(0.2, 0.5), dark_ink=0.5, texture=(0.2, 0.8), blur=(0.1, 0.33), noise=(0.03, 0.08),
+    size=(18, 27),
+    stretch=(0.8, 1.3),
+    rotation=(-12, 12),
+    shear=(-0.25, 0.25),
+    shift=(-2, 2),
+    contrast=(0.2, 0.5),
+    dark_ink=0.5,
+    texture=(0.2, 0.8),
+    blur=(0.1, 0.33),
+    noise=(0.03, 0.08),
 )
 NEIGHBOUR = 0.85  # probability of a further digit, on either side
 GAP = (2, 7)  # space between digits, in mask pixels
@@ -187,6 +207,7 @@ def _sample_points(rng, count, look):
 
     The inverse of: scale, then shear, then rotate, then shift the character.
     """
+
     def draw(limits):
         return rng.uniform(*limits, (count, 1, 1))
 

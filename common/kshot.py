@@ -1,34 +1,39 @@
-"""The k-shot test: every full run of k images per class is a support set once, all other images are its queries.
+"""The k-shot test: every full chunk of k images per class is a support set once.
 
-Within each class the images are cut, in the order of the data set, into consecutive chunks of k; chunk i of every
-class together is support set i. A short last chunk is never a support set, but its images are queries.
+Within each class the images are cut, in the order of the data set, into consecutive chunks of k;
+chunk i of every class together is support set i, and all other images are its queries. A short last
+chunk is never a support set, but its images are queries.
 """
 
+import dataclasses
 import math
-from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
 from scipy import stats
 
 from common.config import UserError
+from common.cuda_graph import CudaGraphStep
 from common.encoder import with_mirror_images
 from common.inner_loop import adapt, inner_step
-from common.launch import Captured, SideBySide
+from common.parallel import Workers
 from common.prototypes import make_prototypes, prototype_head
 from common.samplers import FewShotBatchSampler, episode_labels
 
 
 def support_sets(labels, k_shot, class_names, max_sets=0):
-    """Return the support sets as int64 [S, C * k_shot], class by class; at most `max_sets` (0: all), spread evenly.
+    """Return the support sets, int64 [S, C * k_shot], class by class.
 
-    Raises UserError where a class has no image left to be a query.
+    max_sets: take at most so many of them, evenly spread (0: all). Raises UserError where a class
+    has no image left to be a query.
     """
     counts = torch.bincount(labels.cpu(), minlength=len(class_names))
     fewest = counts.min().item()
     if fewest <= k_shot:
-        name = class_names[counts.argmin()]
-        raise UserError(f"k = {k_shot} needs more than {k_shot} images of each class, found {fewest} of {name!r}; pass smaller numbers, --k_shots=2,4 for example")
+        raise UserError(
+            f"k = {k_shot} needs more than {k_shot} images of each class, found {fewest} of "
+            f"{class_names[counts.argmin()]!r}; pass smaller numbers, --k_shots=2,4 for example"
+        )
     sets = FewShotBatchSampler(labels, len(class_names), k_shot, shuffle=False).episodes()
     if 0 < max_sets < len(sets):
         sets = sets[spread_evenly(len(sets), max_sets)]
@@ -36,17 +41,19 @@ def support_sets(labels, k_shot, class_names, max_sets=0):
 
 
 def spread_evenly(available, wanted):
-    """Return `wanted` positions out of 0..available-1, the middles of equal parts, so none is at an end by design."""
+    """Return `wanted` positions in 0..available-1: the middles of as many equal parts."""
     return [(2 * part + 1) * available // (2 * wanted) for part in range(wanted)]
 
 
 def nearest_prototype_accuracies(features, labels, sets, n_way, progress=iter):
-    """Return the accuracy of each support set, float64 [S], for features [N, D] and labels int64 [N] of all images.
+    """Return the accuracy of each support set, float64 [S], by nearest prototype.
 
-    progress wraps the support sets, to show how far it is.
+    features [N, D] and labels int64 [N] of all images; sets int64 [S, n_way * k]. progress wraps
+    the support sets, to show how far the test is.
     """
     if features.device.type != "mps":  # which has no float64
-        features = features.double()  # 2 v.f - |v|^2 is a difference of large numbers; TF32 would be felt
+        # 2 v.f - |v|^2 is a difference of large numbers: in TF32 the error would be noticeable.
+        features = features.double()
     accuracies = []
     for support in progress(sets):
         support = support.to(features.device)
@@ -55,85 +62,111 @@ def nearest_prototype_accuracies(features, labels, sets, n_way, progress=iter):
     return torch.tensor(accuracies, dtype=torch.float64)
 
 
-def adapted_accuracies(encoder, images, labels, sets, n_way, inner_loop, progress=iter, mirror=False, batch_size=0, captured=None):
-    """Return the accuracy of each support set, float64 [S], of a copy of the encoder adapted to that support set.
+def adapted_accuracies(
+    encoder,
+    images,
+    labels,
+    sets,
+    n_way,
+    inner_loop,
+    progress=iter,
+    mirror=False,
+    in_graph=None,
+):
+    """Return the accuracy of each support set, float64 [S], after adaptation to it.
 
-    images [N, 3, H, W], normalised; inner_loop: the keyword arguments of `adapt` (num_inner_steps, lr_inner, ...).
-    progress wraps the support sets, to show how far it is. mirror: the support set is learned with its mirror images, and
-    a query's logits are the means of its own and its mirror image's. The queries see the copy in eval mode. Several
-    support sets are adapted side by side; captured: their inner step as one CUDA graph (None: on CUDA). Raises UserError
-    where an adaptation diverges.
+    Each support set adapts a copy of the encoder, which classifies the queries in eval mode.
+    Several support sets are adapted side by side.
+
+    images [N, 3, H, W], normalised, and their labels int64 [N]; sets int64 [S, n_way * k].
+    inner_loop: the InnerLoop. progress wraps the support sets, to show how far the test is.
+    mirror: the support set includes its mirror images, and the logits of a query are the mean of
+    its own and its mirror image's. in_graph: run the inner steps as a CUDA graph (None: on CUDA).
+    Raises UserError where an adaptation diverges.
     """
-    workers = SideBySide(images.device, len(sets))
-    copies = [deepcopy(encoder) for _ in range(workers.count)]
-    batch_size = batch_size or (500 if images.device.type == "cpu" else 2000)
-    sets, views = sets.to(images.device), 2 if mirror else 1
+    workers = Workers(images.device, len(sets), encoder)
+    views, batch_size = 2 if mirror else 1, 500 if images.device.type == "cpu" else 2000
+    sets = sets.to(images.device)
     y_spt = episode_labels(n_way, sets.shape[1] // n_way * views, images.device)
 
-    def see(batch):
+    def view(batch):
         return with_mirror_images(batch) if mirror else batch
-
-    def adapted(support, worker):
-        return adapt(encoder, see(images[support]), y_spt, n_way, local=copies[worker], attached=False, **inner_loop)
 
     def accuracy(support, local, weight, bias):
         local.eval()
         with torch.no_grad():
-            logits = torch.cat([F.linear(local(see(batch)), weight, bias) for batch in images.split(batch_size)])
-            logits = logits.unflatten(0, (-1, views)).mean(dim=1)
+            batches = (view(batch) for batch in images.split(batch_size))
+            logits = torch.cat([F.linear(local(batch), weight, bias) for batch in batches])
+            logits = logits.unflatten(0, (-1, views)).mean(dim=1)  # [N, n_way]
         if not logits.isfinite().all():
-            raise UserError(f"the adaptation to a support set of {len(support)} images diverged; pass a smaller --lr_inner or fewer --num_inner_steps")
+            raise UserError(
+                f"the adaptation to a support set of {len(support)} images diverged; pass a "
+                "smaller --lr_inner or fewer --num_inner_steps"
+            )
         return _share_correct(logits, labels, support)
 
-    if images.is_cuda if captured is None else captured:
-        models = _adapt_captured(encoder, lambda support: see(images[support]), y_spt, sets, n_way, inner_loop, workers, copies)
+    def adapt_and_test(support, local):
+        x_spt = view(images[support])
+        return accuracy(
+            support, *adapt(encoder, x_spt, y_spt, n_way, inner_loop, local, attached=False)
+        )
+
+    if images.is_cuda if in_graph is None else in_graph:
+        models = _adapt_in_graph(
+            encoder, sets, lambda support: view(images[support]), y_spt, n_way, inner_loop, workers
+        )
         accuracies = (accuracy(*model) for model in models)
     else:
-        accuracies = workers.run(lambda support, worker: accuracy(support, *adapted(support, worker)), sets)
+        accuracies = workers.map(adapt_and_test, sets)
     # The support sets are there to be counted; zip stops with them.
     return torch.tensor([each for _, each in zip(progress(sets), accuracies)], dtype=torch.float64)
 
 
-def _adapt_captured(encoder, images_of, y_spt, sets, n_way, inner_loop, workers, copies):
-    """Yield (support, local, weight, bias) for each support set; as many as there are workers learn in one CUDA graph."""
-    start = {**inner_loop, "num_inner_steps": 0, "attached": False, "share_first_pass": False}
-    rates = inner_loop["lr_inner"], inner_loop["lr_output"]
-    states = []  # x_spt, weight and bias of each worker; the graph knows where they lie, so there they stay
+def _adapt_in_graph(encoder, sets, images_of, y_spt, n_way, inner_loop, workers):
+    """Yield (support, local, weight, bias) for each support set, adapted in a CUDA graph.
 
-    def one_step(number, _):
-        x_spt, weight, bias = states[number]
-        inner_step(copies[number], weight, bias, x_spt, y_spt, *rates)
+    images_of: gives the images [n_way * k, 3, H, W] of a support set. As many support sets as there
+    are workers learn at a time, all in one graph. The first step is taken outside of it: it belongs
+    to the pass that makes the prototypes.
+    """
+    first_step = dataclasses.replace(inner_loop, num_inner_steps=1)
+    states = []  # (local, weight, bias, x_spt) of each worker; the graph is tied to these tensors
+
+    def take_step(state, _):
+        local, weight, bias, x_spt = state
+        inner_step(local, weight, bias, x_spt, y_spt, inner_loop)
         return weight.detach()
 
-    step = Captured(lambda: tuple(workers.run(one_step, range(len(states)))), y_spt.device)
-    for group in sets.split(workers.count):
+    step = CudaGraphStep(lambda: tuple(workers.map(take_step, states)), y_spt.device)
+    for group in sets.split(len(workers.copies)):
         for number, support in enumerate(group):
-            x_spt = images_of(support)
-            _, weight, bias = adapt(encoder, x_spt, y_spt, n_way, local=copies[number], **start)
+            x_spt, local = images_of(support), workers.copies[number]
+            _, weight, bias = adapt(encoder, x_spt, y_spt, n_way, first_step, local, attached=False)
             if number == len(states):
-                states.append([x_spt, weight.requires_grad_(), bias.requires_grad_()])
+                states.append((local, weight.requires_grad_(), bias.requires_grad_(), x_spt))
             with torch.no_grad():
-                torch._foreach_copy_(states[number], [x_spt, weight, bias])
-        for _ in range(inner_loop["num_inner_steps"]):
+                torch._foreach_copy_(states[number][1:], [weight, bias, x_spt])
+        for _ in range(inner_loop.num_inner_steps - 1):
             step()
-        yield from ((support, copies[number], *states[number][1:]) for number, support in enumerate(group))
+        yield from ((support, *states[number][:3]) for number, support in enumerate(group))
 
 
 def summarize(accuracies):
-    """Return (mean, std, ci95) of per-support-set accuracies in 0..1; std and ci95 are None for a single support set.
+    """Return (mean, std, ci95) of the accuracies of support sets, in 0..1.
 
-    std is the sample standard deviation over support sets: how much the choice of the support set matters. ci95 is
-    the half-width of the 95 % confidence interval of the mean, t(0.975, S - 1) * std / sqrt(S).
+    std: the sample standard deviation over support sets, how much their choice matters. ci95: the
+    half-width of the 95 % confidence interval of the mean, t(0.975, S - 1) * std / sqrt(S). Both
+    are None for a single support set.
     """
     count, mean = len(accuracies), accuracies.mean().item()
     if count < 2:
         return mean, None, None
     std = accuracies.std().item()
-    return mean, std, stats.t.ppf(0.975, count - 1) * std / math.sqrt(count)
+    return mean, std, float(stats.t.ppf(0.975, count - 1)) * std / math.sqrt(count)
 
 
 def _share_correct(logits, labels, support):
-    """Correct predictions over queries, the support images counting as neither."""
+    """Return correct predictions over queries; support images count as neither."""
     correct = logits.argmax(dim=1) == labels
     correct[support] = False
     return correct.sum().item() / (len(labels) - len(support))

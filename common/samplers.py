@@ -1,8 +1,9 @@
 """Episodes as index tensors: which images make up the support and the query set of each task.
 
-An episode takes N classes (the way), K support images of each (the shot) and Q query images of each. Its indices
-stand in a fixed order that all the project relies on: first the support set, class by class, then the query set, class
-by class. Labels within an episode are therefore known without looking: see `episode_labels`.
+An episode takes N classes (the way), K support images of each (the shot) and Q query images of
+each. Its indices stand in an order that the whole project relies on: first the support set, class
+by class, then the query set, class by class. So the labels within an episode are always the same:
+see `episode_labels`.
 """
 
 import torch
@@ -11,23 +12,41 @@ from common.config import UserError
 
 
 class FewShotBatchSampler:
-    """Episodes of N_way distinct classes, each image at most once per epoch; usable as a DataLoader's batch_sampler.
+    """Episodes of N_way distinct classes, each image at most once per epoch.
+
+    Usable as the batch_sampler of a DataLoader.
 
     dataset_targets: int64 [num_images], the class of each image.
     N_way, K_shot: classes per episode and support images per class.
-    include_query: whether each episode also holds queries of the same classes; num_query of each (K_shot if None).
+    include_query: whether each episode also holds queries of the same classes, num_query of each
+        (K_shot if None).
     shuffle: draw new episodes for every epoch (training).
-    shuffle_once: draw episodes once and keep them (validation). With neither, classes and images are taken in order,
-        so that with N_way = all classes episode i is the i-th run of K_shot images of every class.
+    shuffle_once: draw episodes once and keep them (validation). With neither, classes and images
+        are taken in order, so that with N_way = all classes episode i is the i-th chunk of K_shot
+        images of every class.
     class_names: names for the error message, in the order of the sorted labels.
     seed: seed of the sampler's own `generator`; no other random number generator is read or moved.
 
-    Raises UserError where there are fewer classes than N_way, or a class has too few images for one episode.
+    Raises UserError where there are fewer classes than N_way, or where a class has too few images
+    for one episode.
     """
 
-    def __init__(self, dataset_targets, N_way, K_shot, include_query=False, shuffle=True, shuffle_once=False, *, num_query=None, class_names=None, seed=42):
+    def __init__(
+        self,
+        dataset_targets,
+        N_way,
+        K_shot,
+        include_query=False,
+        shuffle=True,
+        shuffle_once=False,
+        *,
+        num_query=None,
+        class_names=None,
+        seed=42,
+    ):
         self.N_way, self.K_shot = N_way, K_shot
         self.num_query = (K_shot if num_query is None else num_query) if include_query else 0
+        self.images_per_class = self.K_shot + self.num_query
         self.shuffle = shuffle
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -39,18 +58,8 @@ class FewShotBatchSampler:
         self.num_episodes = _most_episodes(self.chunks_of_class, N_way)
         self.fixed_episodes = None if shuffle else self._draw(in_order=not shuffle_once)
 
-    @property
-    def images_per_class(self):
-        """Support and query images of one class in one episode."""
-        return self.K_shot + self.num_query
-
-    @property
-    def batch_size(self):
-        """Images in one episode, N_way * (K_shot + num_query)."""
-        return self.N_way * self.images_per_class
-
     def episodes(self):
-        """Return the episodes of one epoch as int64 [num_episodes, N_way * (K_shot + num_query)]."""
+        """Return the episodes of an epoch, int64 [num_episodes, N_way * (K_shot + num_query)]."""
         return self._draw() if self.shuffle else self.fixed_episodes
 
     def __iter__(self):
@@ -62,13 +71,17 @@ class FewShotBatchSampler:
 
     def _check(self, classes, counts, class_names):
         if self.N_way > len(classes):
-            raise UserError(f"{self.N_way}-way episodes need {self.N_way} classes, found {len(classes)}; lower n_way or add classes")
+            raise UserError(
+                f"{self.N_way}-way episodes need {self.N_way} classes, found {len(classes)}; "
+                "lower n_way or add classes"
+            )
         for position, count in enumerate(counts):
             if count < self.images_per_class:
                 name = class_names[position] if class_names else classes[position]
                 raise UserError(
-                    f"class {name!r} has {count} images, but an episode needs {self.images_per_class} of each class "
-                    f"({self.K_shot} support + {self.num_query} query); lower the shot or the number of queries, or add images"
+                    f"class {name!r} has {count} images, but an episode needs "
+                    f"{self.images_per_class} of each class ({self.K_shot} support + "
+                    f"{self.num_query} query); lower the shot or the queries, or add images"
                 )
 
     def _draw(self, in_order=False):
@@ -77,23 +90,26 @@ class FewShotBatchSampler:
         classes = torch.tensor(list(self._deal_classes(in_order))).flatten()  # [episodes * N]
         dealt = torch.empty(len(classes), size, dtype=torch.int64)
         for c, images in enumerate(self.images_of_class):
-            order = torch.arange(len(images)) if in_order else torch.randperm(len(images), generator=self.generator)
+            count = len(images)
+            order = torch.arange(count) if in_order else self._shuffled(count)
             places = torch.nonzero(classes == c)[:, 0]
             dealt[places] = images[order[: len(places) * size]].view(-1, size)
-        support, query = dealt.view(self.num_episodes, self.N_way, size).split([self.K_shot, self.num_query], dim=2)
+        dealt = dealt.view(self.num_episodes, self.N_way, size)
+        support, query = dealt.split([self.K_shot, self.num_query], dim=2)
         return torch.cat([support.flatten(1), query.flatten(1)], dim=1)
 
     def _deal_classes(self, in_order):
-        """Yield the classes of each episode, distinct within it, as positions among the sorted labels.
+        """Yield the classes of each episode, distinct within it, as indices into the sorted labels.
 
-        Chunks lie in a queue in random order; each episode takes the next N of different classes. A class with as many
-        chunks left as there are episodes left must be in all of these, else the last episodes would lack classes.
+        Chunks lie in a queue in random order; each episode takes the next N of different classes. A
+        class with as many chunks left as there are episodes left must be in all of these, else the
+        last episodes would lack classes.
         """
         left = _trim(self.chunks_of_class, self.num_episodes, self.N_way)
-        rounds = [c for turn in range(max(left)) for c in range(len(left)) if turn < left[c]]
+        queue = [c for turn in range(max(left)) for c in range(len(left)) if turn < left[c]]
         if not in_order:
-            rounds = [rounds[position] for position in torch.randperm(len(rounds), generator=self.generator).tolist()]
-        queue = rounds[::-1]
+            queue = [queue[position] for position in self._shuffled(len(queue)).tolist()]
+        queue.reverse()  # the next one is at the end, where pop() is cheap
         for episodes_left in range(self.num_episodes, 0, -1):
             classes = [c for c, chunks in enumerate(left) if chunks == episodes_left]
             for c in classes:
@@ -107,18 +123,25 @@ class FewShotBatchSampler:
                 left[c] -= 1
             yield classes
 
+    def _shuffled(self, count):
+        return torch.randperm(count, generator=self.generator)
+
 
 class TaskBatchSampler:
-    """Batches of `batch_size` episodes (tasks) for an outer step of MAML; usable as a DataLoader's batch_sampler.
+    """Batches of `batch_size` episodes (tasks), one for each outer step of MAML.
 
-    Takes what FewShotBatchSampler takes and raises what it raises. Episodes that do not fill a last batch are dropped.
+    Usable as the batch_sampler of a DataLoader. Takes what FewShotBatchSampler takes and raises
+    what it raises. Episodes that do not fill a last batch are dropped.
     """
 
-    def __init__(self, dataset_targets, batch_size, N_way, K_shot, include_query=False, shuffle=True, **options):
-        self.batch_sampler = FewShotBatchSampler(dataset_targets, N_way, K_shot, include_query, shuffle, **options)
+    def __init__(self, dataset_targets, batch_size, N_way, K_shot, **options):
+        self.batch_sampler = FewShotBatchSampler(dataset_targets, N_way, K_shot, **options)
         self.task_batch_size = batch_size
         if not len(self):
-            raise UserError(f"a batch needs {batch_size} episodes, but the data gives {len(self.batch_sampler)} per epoch; lower the tasks per batch or add images")
+            raise UserError(
+                f"a batch needs {batch_size} episodes, but the data gives "
+                f"{len(self.batch_sampler)} per epoch; lower the tasks per batch or add images"
+            )
 
     @property
     def generator(self):
@@ -126,9 +149,11 @@ class TaskBatchSampler:
         return self.batch_sampler.generator
 
     def episodes(self):
-        """Return the tasks of one epoch as int64 [num_batches, batch_size, N_way * (K_shot + num_query)]."""
+        """Return the tasks of an epoch, int64 [batches, batch_size, N * (K_shot + num_query)]."""
         episodes = self.batch_sampler.episodes()
-        return episodes[: len(self) * self.task_batch_size].view(len(self), self.task_batch_size, -1)
+        return episodes[: len(self) * self.task_batch_size].view(
+            len(self), self.task_batch_size, -1
+        )
 
     def __iter__(self):
         for batch in self.episodes():
@@ -138,15 +163,35 @@ class TaskBatchSampler:
         return len(self.batch_sampler) // self.task_batch_size
 
 
+def validation_episodes(image_set, n_way, k_shot, num_query):
+    """Return episodes on an ImageSet, int64 [E, n_way * (k_shot + num_query)].
+
+    They are the same in every run, whatever its seed: numbers of two runs can be compared.
+    """
+    sampler = FewShotBatchSampler(
+        image_set.labels,
+        n_way,
+        k_shot,
+        include_query=True,
+        shuffle=False,
+        shuffle_once=True,
+        num_query=num_query,
+        class_names=image_set.class_names,
+        seed=0,
+    )
+    return sampler.episodes()
+
+
 def episode_labels(n_way, per_class, device=None):
-    """Return the labels within an episode, int64 [n_way * per_class]: 0, ..., 0, 1, ..., 1, ..., n_way - 1."""
+    """Return the labels within an episode, int64 [n_way * per_class]: 0, ..., 0, 1, ..., 1, ..."""
     return torch.arange(n_way, device=device).repeat_interleave(per_class)
 
 
 def _most_episodes(chunks_of_class, n_way):
     """Return the largest E for which E episodes of n_way distinct classes can be formed.
 
-    A class serves at most once per episode, so E episodes need sum(min(chunks, E)) >= E * n_way, which is also enough.
+    A class serves at most once per episode, so E episodes need sum(min(chunks, E)) >= E * n_way,
+    which is also enough.
     """
     episodes = sum(chunks_of_class) // n_way
     while sum(min(chunks, episodes) for chunks in chunks_of_class) < episodes * n_way:
@@ -155,8 +200,9 @@ def _most_episodes(chunks_of_class, n_way):
 
 
 def _trim(chunks_of_class, episodes, n_way):
-    """Return how many chunks of each class are dealt: at most `episodes`, and episodes * n_way in all."""
+    """Return how many chunks of each class to deal: at most `episodes`, episodes * n_way in all."""
     dealt = [min(chunks, episodes) for chunks in chunks_of_class]
     for _ in range(sum(dealt) - episodes * n_way):
-        dealt[max(range(len(dealt)), key=lambda c: (dealt[c], c))] -= 1  # from the last of the largest classes
+        last_of_the_largest = max(range(len(dealt)), key=lambda c: (dealt[c], c))
+        dealt[last_of_the_largest] -= 1
     return dealt

@@ -1,8 +1,12 @@
-"""Fixtures that several test files share; a fixture named by a test's argument is made before the test runs.
+"""Fixtures that several test files share.
 
-glyph_dir   path of a folder with `glyphs.npz` (20 classes of 24 images) and `glyph_digits.npz` (10 classes of 24 images):
-            usable as --data_dir. Made once per session and read by all: copy it before changing anything in it.
-one_thread  the tests of a module compute in one thread, so that sums have the same order as in the processes they start.
+A fixture that a test names as an argument is made before the test runs.
+
+glyph_dir   folder with `glyphs.npz` (20 classes of 24 images) and `glyph_digits.npz` (10 classes
+            of 24 images), usable as --data_dir. Made once per session and read by all tests: copy
+            it before changing anything in it.
+one_thread  the tests of a module compute in one thread, so that sums have the same order as in the
+            processes that they start.
 no_network  no host name resolves within the test, so whatever tries to download fails at once.
 """
 
@@ -15,7 +19,7 @@ import torch
 
 from common.glyphs import draw_glyph_digits, draw_glyphs
 
-# The same examples in every run, none remembered from earlier ones: a failure here is a failure on every machine.
+# The same examples in every run, none remembered: a failure here is a failure on every machine.
 hypothesis.settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
 hypothesis.settings.load_profile("repeatable")
 
@@ -34,9 +38,16 @@ def glyph_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("glyph_data")
     images, labels, class_names = draw_glyphs(images_per_class=IMAGES_PER_CLASS)
     kept = labels < GLYPH_CLASSES
-    np.savez(folder / "glyphs.npz", images=images[kept], labels=labels[kept], class_names=np.array(class_names[:GLYPH_CLASSES]))
+    np.savez(
+        folder / "glyphs.npz",
+        images=images[kept],
+        labels=labels[kept],
+        class_names=np.array(class_names[:GLYPH_CLASSES]),
+    )
     images, labels, class_names = draw_glyph_digits(images_per_class=IMAGES_PER_CLASS)
-    np.savez(folder / "glyph_digits.npz", images=images, labels=labels, class_names=np.array(class_names))
+    np.savez(
+        folder / "glyph_digits.npz", images=images, labels=labels, class_names=np.array(class_names)
+    )
     return folder
 
 

@@ -1,9 +1,10 @@
-"""Kill training and evaluation with SIGKILL at random moments, resume until done, compare with an uninterrupted run.
+"""Kill training and evaluation with SIGKILL at random moments, resume them, and compare.
 
     python tests/stress.py --kills=100
 
-Prints one row per script and exits with 1 if anything was lost: a damaged file, a result that differs from that of the
-uninterrupted run by a single bit, a finished result that is computed again, a temporary file left behind.
+Prints one row per script and exits with 1 if anything was lost against an uninterrupted run: a
+damaged file, a result that differs by a single bit, a finished result that is computed again, a
+temporary file left behind.
 """
 
 import argparse
@@ -27,21 +28,28 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # started as a script, it sees only its own folder
 
-from common.checkpoint import encoder_of, load_checkpoint
-from common.glyphs import draw_glyph_digits, draw_glyphs
+from common.checkpoint import encoder_of, load_checkpoint  # noqa: E402
+from common.glyphs import draw_glyph_digits, draw_glyphs  # noqa: E402
 
-# The real script, but saving within an epoch every few steps: a kill then often finds a state inside an epoch on disk.
+# The real script, but saving within an epoch every few steps: a kill then often finds a state
+# inside an epoch on disk.
 OFTEN_SAVING = """
 import runpy, sys
 sys.path.insert(0, sys.argv[1])
 sys.argv = sys.argv[2:]
-import common.checkpoint
-common.checkpoint.SAVE_EVERY = 0.2
+import common.training_run
+common.training_run.SAVE_EVERY = 0.2
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-# Few and small episodes: an image takes some milliseconds.
+# Small episodes: an image takes some milliseconds. The classifier is validated on them.
 SMALL_EPISODES = ["--dataset=glyphs", "--n_way=2", "--k_shot=2", "--n_query=2"]
-SECONDS_OF_WORK = 2  # that long after the first file that it writes a process is killed at the latest, give or take a file
+TRAINING = {
+    "classifier": ["train_classifier.py", "--batch_size=16"],
+    "protonet": ["train_protonet.py"],
+    "protomaml": ["train_protomaml.py", "--tasks_per_step=2"],
+    "maml": ["train_protomaml.py", "--tasks_per_step=2", "--output_init=zeros"],
+}
+SECONDS_OF_WORK = 2  # from the first file that a process writes to the kill, at the most
 SECONDS_TO_FINISH = 300  # longer means that it hangs
 
 
@@ -60,34 +68,43 @@ class Job:
 
 
 def training_job(model, data_dir, *arguments):
-    """Return the Job that trains "protonet", "protomaml" or "maml" with small episodes on the glyphs in `data_dir`."""
-    own = {"protonet": [], "protomaml": ["--tasks_per_step=2"], "maml": ["--tasks_per_step=2", "--output_init=zeros"]}[model]
-    script = "train_protonet.py" if model == "protonet" else "train_protomaml.py"
-    return Job(model, script, [*SMALL_EPISODES, f"--data_dir={data_dir}", *own, *arguments], "checkpoint_dir")
+    """Return the Job that trains a model of TRAINING on the glyphs in `data_dir`."""
+    script, *own = TRAINING[model]
+    arguments = [*SMALL_EPISODES, f"--data_dir={data_dir}", *own, *arguments]
+    return Job(model, script, arguments, "checkpoint_dir")
 
 
 def make_data(folder, num_classes=20, images_per_class=24):
     """Write a small glyphs.npz and glyph_digits.npz into `folder`."""
     images, labels, class_names = draw_glyphs(images_per_class=images_per_class)
     kept = labels < num_classes
-    np.savez(folder / "glyphs.npz", images=images[kept], labels=labels[kept], class_names=np.array(class_names[:num_classes]))
-    images, labels, class_names = draw_glyph_digits(images_per_class=images_per_class)
-    np.savez(folder / "glyph_digits.npz", images=images, labels=labels, class_names=np.array(class_names))
+    save_arrays(folder / "glyphs.npz", images[kept], labels[kept], class_names[:num_classes])
+    digits = draw_glyph_digits(images_per_class=images_per_class)
+    save_arrays(folder / "glyph_digits.npz", *digits)
+
+
+def save_arrays(path, images, labels, class_names):
+    np.savez(path, images=images, labels=labels, class_names=np.array(class_names))
 
 
 def start(job, folder, log):
-    """Start the job with `folder` for its output; a training run is resumed where there is something to resume."""
+    """Start the job with `folder` for its output; a training run that was begun is resumed."""
     arguments = [*job.arguments, f"--{job.writes}={folder}"]
     if job.trains and any(folder.glob(f"*/{job.name}_last.pt")):
         arguments.append("--resume=true")
-    # One thread: sums are then in the same order in every process, whatever else the machine does.
+    # One thread: sums are then in the same order in every process, however busy the cores are.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", OFTEN_SAVING, str(ROOT), str(ROOT / job.script), *arguments]
-    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
+    return subprocess.Popen(
+        command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
+    )
 
 
 def run_to_end(job, folder):
-    """Run the job and return (what it printed, seconds until its first file). Raises RuntimeError where it fails."""
+    """Run the job and return (what it printed, seconds until its first file).
+
+    Raises RuntimeError where it fails.
+    """
     with tempfile.TemporaryFile("w+") as log:
         began = time.monotonic()
         process = start(job, folder, log)
@@ -107,8 +124,8 @@ def run_to_end(job, folder):
 def run_and_kill(job, folder, rng, first_file):
     """Start the job, kill it at a random moment, return whether that was before its end.
 
-    One kill in four falls into the start, before anything is written; one in four waits for a temporary file, so that
-    it falls into the writing of a file; the others come at any moment of the work.
+    One kill in four falls into the start, before anything is written; one in four waits for a
+    temporary file, so that it falls into the writing of a file; the others come at any moment.
     """
     kind = rng.choice(["start", "writing", "work", "work"])
     with tempfile.TemporaryFile("w+") as log:
@@ -137,7 +154,7 @@ def wait_until(process, condition, seconds):
 
 
 def versions(folder):
-    """Return the finished files under `folder` with their inode, which changes with every writing."""
+    """Return {finished file under `folder`: its inode}; every writing changes the inode."""
     found = {}
     for path in files_of(folder):
         with contextlib.suppress(FileNotFoundError):
@@ -156,7 +173,7 @@ def temporary_files(folder):
 
 
 def damaged_files(folder):
-    """Return (number of finished files read, names of those that cannot be read to their end)."""
+    """Return (number of finished files, names of those that cannot be read to their end)."""
     files, damaged = files_of(folder), []
     for path in files:
         try:
@@ -176,15 +193,18 @@ def damaged_files(folder):
 def differences(expected, found):
     """Return (number of files compared, names of those that differ) for two output folders.
 
-    Checkpoints are compared value by value and to the last bit, all else byte by byte; of figures only the PNG, as the
-    identifiers in an SVG are random.
+    Checkpoints are compared value by value and to the last bit, all else byte by byte; of figures
+    only the PNG, as the identifiers in an SVG are random.
     """
-    paths = sorted(path.relative_to(expected) for path in files_of(expected) if path.suffix != ".svg")
-    differing = [str(path) for path in paths if not (found / path).exists() or not same_file(expected / path, found / path)]
-    return len(paths), differing
+    files = [path for path in files_of(expected) if path.suffix != ".svg"]
+    names = sorted(path.relative_to(expected) for path in files)
+    differing = [str(name) for name in names if not same_file(expected / name, found / name)]
+    return len(names), differing
 
 
 def same_file(first, second):
+    if not second.exists():
+        return False
     if first.suffix == ".pt":
         return same_value(load_checkpoint(first), load_checkpoint(second))
     return first.read_bytes() == second.read_bytes()
@@ -193,19 +213,26 @@ def same_file(first, second):
 def same_value(first, second):
     """Compare nested dicts, lists and tensors to the last bit."""
     if isinstance(first, torch.Tensor):
-        return isinstance(second, torch.Tensor) and first.dtype == second.dtype and torch.equal(first, second)
+        if not isinstance(second, torch.Tensor) or first.dtype != second.dtype:
+            return False
+        return torch.equal(first, second)
     if isinstance(first, dict):
-        return isinstance(second, dict) and first.keys() == second.keys() and all(same_value(first[key], second[key]) for key in first)
+        if not isinstance(second, dict) or first.keys() != second.keys():
+            return False
+        return all(same_value(first[key], second[key]) for key in first)
     if isinstance(first, (list, tuple)):
-        return isinstance(second, (list, tuple)) and len(first) == len(second) and all(map(same_value, first, second))
+        if not isinstance(second, (list, tuple)) or len(first) != len(second):
+            return False
+        return all(map(same_value, first, second))
     return type(first) is type(second) and first == second
 
 
 def kill_and_compare(job, expected, folder, kills, first_file, seed):
-    """Kill the job `kills` times, resuming in between, and compare every finished run with the folder `expected`.
+    """Kill the job `kills` times, resume it in between, compare its results with `expected`.
 
-    first_file: seconds until the job writes its first file. Returns (kills, resumes, files checked, losses), the last
-    a list of texts. A run that reaches its end before the last kill is followed by a new one in a new folder.
+    first_file: seconds until the job writes its first file. A run that reaches its end before the
+    last kill is followed by a new one in a new folder; every finished run is compared.
+    Returns (kills, resumes, files checked, losses), the last a list of texts.
     """
     rng = random.Random(seed)
     killed, resumes, checked, losses, rounds = 0, 0, 0, [], 0
@@ -215,7 +242,7 @@ def kill_and_compare(job, expected, folder, kills, first_file, seed):
         output.mkdir()
         finished = False
         while not finished:
-            # Finished results only: a file that was being written may go, its writer begins it anew.
+            # Finished results only: a file that was being written may go and be begun anew.
             before = set(output.glob(".cache/*.json")) - set(temporary_files(output))
             resumes += bool(files_of(output))
             if killed < kills:
@@ -224,23 +251,27 @@ def kill_and_compare(job, expected, folder, kills, first_file, seed):
             else:
                 printed, _ = run_to_end(job, output)
                 finished = True
-                if printed.count("reused") < len(before):
-                    losses.append(f"{job.name}: {len(before)} results were there, {printed.count('reused')} reused")
+                reused = printed.count("reused")
+                if reused < len(before):
+                    losses.append(f"{job.name}: {len(before)} results were there, {reused} reused")
             count, damaged = damaged_files(output)
             checked += count
             losses += [f"{job.name}: {name} is damaged" for name in damaged]
             losses += [f"{job.name}: {path.name} is gone" for path in before if not path.exists()]
         count, differing = differences(expected, output)
         checked += count
-        losses += [f"{job.name}: {name} differs from the uninterrupted run" for name in differing]
+        losses += [f"{job.name}: {name} differs from that of one run" for name in differing]
         losses += [f"{job.name}: {path.name} was left behind" for path in temporary_files(output)]
     return killed, resumes, checked, losses
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100, help="kills in all, shared out among the scripts (default: 100)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills (default: 0)")
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    kills_help = "kills in all, shared out among the scripts (default: 100)"
+    parser.add_argument("--kills", type=int, default=100, help=kills_help)
+    seed_help = "of the moments of the kills (default: 0)"
+    parser.add_argument("--seed", type=int, default=0, help=seed_help)
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -250,13 +281,21 @@ def main():
 def stress(folder, kills, seed):
     """Kill all scripts, print the table, return the exit code."""
     make_data(folder)
-    test = ["--dataset=glyphs", f"--data_dir={folder}", f"--checkpoint_dir={folder / 'trained'}", "--k_shots=2,4,8", "--num_inner_steps=8", "--max_support_sets=3"]
+    test = [
+        "--dataset=glyphs",
+        f"--data_dir={folder}",
+        f"--checkpoint_dir={folder / 'trained'}",
+        "--k_shots=2,4,8",
+        "--num_inner_steps=8",
+        "--max_support_sets=3",
+    ]
     jobs = [
-        training_job("protonet", folder, "--epochs=8", "--steps_per_epoch=20", "--pretrain_epochs=2", "--batch_size=16"),
+        training_job("classifier", folder, "--epochs=6", "--steps_per_epoch=20"),
+        training_job("protonet", folder, "--epochs=6", "--steps_per_epoch=20"),
         training_job("protomaml", folder, "--epochs=4", "--steps_per_epoch=10", "--val_episodes=4"),
         Job("evaluate", "evaluate.py", test, "results_dir"),
     ]
-    # The uninterrupted runs. The trainers share one folder: the evaluation tests all that is in it.
+    # The uninterrupted runs. The evaluation tests all models, so these go into one folder, too.
     expected, first_file = {}, {}
     for job in jobs:
         alone = folder / f"{job.name}_alone"
@@ -266,23 +305,29 @@ def stress(folder, kills, seed):
         if job.trains:
             shutil.copytree(alone, folder / "trained", dirs_exist_ok=True)
 
-    shares = [kills // len(jobs) + (position < kills % len(jobs)) for position in range(len(jobs))]
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        pending = [pool.submit(kill_and_compare, job, expected[job.name], folder, share, first_file[job.name], seed + position) for position, (job, share) in enumerate(zip(jobs, shares))]
-        results = [future.result() for future in pending]
+    def kill(position):
+        job, share = jobs[position], kills // len(jobs) + (position < kills % len(jobs))
+        alone, seconds = expected[job.name], first_file[job.name]
+        return kill_and_compare(job, alone, folder, share, seconds, seed + position)
 
-    print(f"{'script':<18}{'kills':>7}{'resumes':>9}{'files checked':>15}{'losses':>8}")
-    print("-" * 57)
-    total = [0, 0, 0, 0]
-    for job, (*counts, losses) in zip(jobs, results):
-        row = [*counts, len(losses)]
-        total = [sum(pair) for pair in zip(total, row)]
-        print(f"{job.script:<18}{row[0]:>7}{row[1]:>9}{row[2]:>15}{row[3]:>8}")
-    print("-" * 57)
-    print(f"{'all':<18}{total[0]:>7}{total[1]:>9}{total[2]:>15}{total[3]:>8}")
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        results = list(pool.map(kill, range(len(jobs))))
+
+    print_row("script", "kills", "resumes", "files checked", "losses")
+    print("-" * 59)
+    rows = [[*counts, len(losses)] for *counts, losses in results]
+    for job, row in zip(jobs, rows):
+        print_row(job.script, *row)
+    print("-" * 59)
+    total = [sum(column) for column in zip(*rows)]
+    print_row("all", *total)
     for *_, losses in results:
         print(*losses, sep="\n", end="\n" if losses else "")
     return 1 if total[3] else 0
+
+
+def print_row(name, kills, resumes, checked, losses):
+    print(f"{name:<20}{kills:>7}{resumes:>9}{checked:>15}{losses:>8}")
 
 
 if __name__ == "__main__":

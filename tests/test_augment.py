@@ -1,11 +1,17 @@
-"""The augmentation: the same pixels as torchvision's for the same random numbers, and numbers in the right ranges."""
+"""The augmentation: torchvision's pixels for the same random numbers; numbers in their ranges."""
 
 import pytest
 import torch
 import torchvision.transforms.functional as TF
-from torchvision.transforms import InterpolationMode
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
-from common.augment import augment, draw_augmentation, draw_jitter, jitter_colors
+from common.augment import (
+    EpochAugmentation,
+    augment,
+    draw_augmentation,
+    draw_jitter,
+    jitter_colors,
+)
 
 
 def drawn(count, height=32, width=32, seed=0, **options):
@@ -18,7 +24,8 @@ def one_by_one_with_torchvision(images, boxes, flips):
     for image, box, flip in zip(images.float(), boxes.tolist(), flips.tolist()):
         if flip:
             image = TF.hflip(image)
-        results.append(TF.resized_crop(image, *box, size, InterpolationMode.BILINEAR, antialias=True))
+        bilinear = InterpolationMode.BILINEAR
+        results.append(TF.resized_crop(image, *box, size, bilinear, antialias=True))
     return torch.stack(results)
 
 
@@ -29,22 +36,34 @@ def test_the_pixels_are_torchvisions(height, width):
     boxes, flips = drawn(60, height, width)
     found = augment(images, boxes, flips)
     assert found.shape == images.shape and found.dtype == torch.float32
-    torch.testing.assert_close(found, one_by_one_with_torchvision(images, boxes, flips), rtol=0, atol=1e-3)
+    expected = one_by_one_with_torchvision(images, boxes, flips)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
 
 
 def test_every_box_and_both_flips_give_torchvisions_pixels():
     # Corners, whole image, narrow and low boxes: each flipped and not.
-    boxes = torch.tensor([[0, 0, 32, 32], [0, 0, 28, 30], [4, 2, 28, 30], [3, 0, 29, 32], [0, 5, 32, 27], [1, 1, 30, 30], [7, 7, 1, 1]]).repeat(2, 1)
+    boxes = [
+        [0, 0, 32, 32],
+        [0, 0, 28, 30],
+        [4, 2, 28, 30],
+        [3, 0, 29, 32],
+        [0, 5, 32, 27],
+        [1, 1, 30, 30],
+        [7, 7, 1, 1],
+    ]
+    boxes = torch.tensor(boxes * 2)
     flips = torch.arange(14) < 7
     images = torch.randint(256, (14, 3, 32, 32), dtype=torch.uint8)
-    torch.testing.assert_close(augment(images, boxes, flips), one_by_one_with_torchvision(images, boxes, flips), rtol=0, atol=1e-3)
+    expected = one_by_one_with_torchvision(images, boxes, flips)
+    torch.testing.assert_close(augment(images, boxes, flips), expected, rtol=0, atol=1e-3)
 
 
 def test_the_whole_image_unflipped_comes_back_unchanged():
     images = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
     boxes = torch.tensor([[0, 0, 32, 32]] * 3)
-    assert torch.equal(augment(images, boxes, torch.zeros(3, dtype=torch.bool)), images.float())
-    assert torch.equal(augment(images, boxes, torch.ones(3, dtype=torch.bool)), images.float().flip(3))
+    no, yes = torch.tensor([False] * 3), torch.tensor([True] * 3)
+    assert torch.equal(augment(images, boxes, no), images.float())
+    assert torch.equal(augment(images, boxes, yes), images.float().flip(3))
 
 
 def test_the_memory_layout_of_the_images_does_not_matter():
@@ -66,16 +85,18 @@ def test_boxes_lie_within_the_image_and_have_the_asked_area_and_shape():
     boxes, _ = drawn(20_000)
     top, left, height, width = boxes.T
     assert boxes.dtype == torch.int64 and boxes.shape == (20_000, 4)
-    assert (top >= 0).all() and (left >= 0).all() and (top + height <= 32).all() and (left + width <= 32).all()
+    assert (top >= 0).all() and (top + height <= 32).all()
+    assert (left >= 0).all() and (left + width <= 32).all()
     # Heights and widths are rounded to whole pixels: half a pixel of tolerance on either.
     low, high = (height - 0.5) * (width - 0.5), (height + 0.5) * (width + 0.5)
     assert (high >= 0.8 * 1024).all() and (low <= 1024).all()
-    assert ((width + 0.5) / (height - 0.5) >= 0.9).all() and ((width - 0.5) / (height + 0.5) <= 1.1).all()
+    assert ((width + 0.5) / (height - 0.5) >= 0.9).all()
+    assert ((width - 0.5) / (height + 0.5) <= 1.1).all()
 
 
 def test_boxes_reach_every_size_and_every_edge():
     top, left, height, width = drawn(20_000)[0].T
-    # The extremes by hand: sqrt(0.8 * 1024 / 1.1) = 27.3 and sqrt(0.8 * 1024 * 0.9) = 27.2; at most 32.
+    # The smallest by hand: sqrt(0.8 * 1024 / 1.1) = 27.3, sqrt(0.8 * 1024 * 0.9) = 27.2.
     assert height.unique().tolist() == width.unique().tolist() == [27, 28, 29, 30, 31, 32]
     assert top.unique().tolist() == left.unique().tolist() == [0, 1, 2, 3, 4, 5]
     for size in range(28, 33):
@@ -86,15 +107,15 @@ def test_boxes_reach_every_size_and_every_edge():
 
 
 def test_boxes_follow_the_distribution_of_torchvisions():
-    from torchvision.transforms import RandomResizedCrop
-
     torch.manual_seed(0)
-    theirs = torch.tensor([RandomResizedCrop.get_params(torch.empty(3, 32, 32), (0.8, 1.0), (0.9, 1.1)) for _ in range(4_000)])
+    image, draw = torch.empty(3, 32, 32), RandomResizedCrop.get_params
+    theirs = torch.tensor([draw(image, (0.8, 1.0), (0.9, 1.1)) for _ in range(4_000)])
     ours = drawn(20_000)[0]
     for column in range(4):
-        shares = [torch.bincount(boxes[:, column], minlength=33) / len(boxes) for boxes in (theirs, ours)]
+        counts = [torch.bincount(boxes[:, column], minlength=33) for boxes in (theirs, ours)]
+        difference = counts[0] / len(theirs) - counts[1] / len(ours)
         # Four standard deviations of a share out of 4,000.
-        assert (shares[0] - shares[1]).abs().max() < 4 * 0.5 / 4_000**0.5
+        assert difference.abs().max() < 4 * 0.5 / 4_000**0.5
 
 
 def test_about_half_of_the_images_are_flipped_independently_of_the_boxes():
@@ -102,7 +123,8 @@ def test_about_half_of_the_images_are_flipped_independently_of_the_boxes():
     assert flips.dtype == torch.bool and flips.shape == (20_000,)
     assert abs(flips.float().mean().item() - 0.5) < 4 * 0.5 / 20_000**0.5
     top = boxes[:, 0].float()
-    assert abs((top[flips].mean() - top[~flips].mean()).item()) < 4 * top.std().item() * 2 / 20_000**0.5
+    difference = top[flips].mean() - top[~flips].mean()
+    assert abs(difference.item()) < 4 * top.std().item() * 2 / 20_000**0.5
 
 
 def test_smaller_crops_can_be_asked_for():
@@ -123,8 +145,10 @@ def test_jitter_equals_torchvisions_brightness_then_contrast_then_saturation():
     images = torch.randint(256, (30, 3, 32, 32), generator=torch.Generator().manual_seed(2)).float()
     factors = draw_jitter(30, 0.4, torch.Generator().manual_seed(3))
     found = jitter_colors(images, factors)
-    for image, (brightness, contrast, saturation), result in zip(images / 255, factors.tolist(), found):
-        expected = TF.adjust_saturation(TF.adjust_contrast(TF.adjust_brightness(image, brightness), contrast), saturation)
+    for image, of_image, result in zip(images / 255, factors.tolist(), found):
+        brightness, contrast, saturation = of_image
+        expected = TF.adjust_contrast(TF.adjust_brightness(image, brightness), contrast)
+        expected = TF.adjust_saturation(expected, saturation)
         torch.testing.assert_close(result, 255 * expected, rtol=0, atol=0.03)
 
 
@@ -139,3 +163,28 @@ def test_jitter_factors_are_spread_over_their_range():
 def test_factors_of_one_leave_the_colours_alone():
     images = torch.randint(256, (4, 3, 32, 32)).float()
     torch.testing.assert_close(jitter_colors(images, torch.ones(4, 3)), images, rtol=0, atol=1e-3)
+
+
+def epoch(color_jitter):
+    """The draws of an epoch of 3 steps of 4 images, and the state of the generator after it."""
+    images, generator = torch.zeros(12, 3, 32, 40), torch.Generator().manual_seed(5)
+    batches = torch.randperm(12).view(3, 4)
+    views = EpochAugmentation(batches, images, generator, 0.5, color_jitter)
+    return [views.of(step) for step in range(3)], generator.get_state()
+
+
+def test_the_steps_of_an_epoch_share_out_what_was_drawn_for_all_of_its_images():
+    generator = torch.Generator().manual_seed(5)
+    expected = *draw_augmentation(12, 32, 40, generator, 0.5), draw_jitter(12, 0.3, generator)
+    steps, _ = epoch(color_jitter=0.3)
+    for found, drawn in zip(zip(*steps), expected, strict=True):
+        assert all(len(of_step) == 4 for of_step in found)
+        assert torch.equal(torch.cat(found), drawn)
+
+
+def test_without_jitter_an_epoch_draws_the_same_but_gives_out_no_factors():
+    jittered, state = epoch(color_jitter=0.3)
+    plain, other_state = epoch(color_jitter=0.0)
+    assert torch.equal(state, other_state)
+    for (boxes, flips), (jittered_boxes, jittered_flips, _) in zip(plain, jittered, strict=True):
+        assert torch.equal(boxes, jittered_boxes) and torch.equal(flips, jittered_flips)

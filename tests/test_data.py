@@ -1,4 +1,4 @@
-"""Data sets: both formats read back, each kind of damage one message, the class split, statistics, downloads."""
+"""Data sets: both formats, one message per kind of damage, class splits, statistics, downloads."""
 
 import functools
 import gzip
@@ -22,21 +22,33 @@ import torchvision
 from PIL import Image
 
 from common.config import UserError
-from common.data import CIFAR100_MEAN, CIFAR100_STD, SOURCES, ImageSet, channel_statistics, load_dataset, normalize, split_classes
+from common.data import (
+    CIFAR100_MEAN,
+    CIFAR100_STD,
+    SOURCES,
+    ImageSet,
+    channel_statistics,
+    load_dataset,
+    load_training_data,
+    normalize,
+    split_classes,
+)
 from common.glyphs import draw_glyph_digits
 
 CIFAR100_CLASSES = """
-    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle caterpillar cattle
-    chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house
-    kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid
-    otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew
-    skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout
-    tulip turtle wardrobe whale willow_tree wolf woman worm
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus
+    butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab
+    crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo
+    keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain mouse
+    mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy
+    porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper
+    snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television
+    tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
 """.split()
 
 
 def arrays(per_class=3, class_names=("ant", "bee", "cat"), height=32, width=32, seed=0):
-    """Images with random pixels, their labels in mixed order, and class names: what an .npz holds."""
+    """What an .npz holds: random images, their labels in mixed order, and class names."""
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.repeat(np.arange(len(class_names), dtype=np.int64), per_class))
     images = rng.integers(256, size=(len(labels), height, width, 3), dtype=np.uint8)
@@ -44,7 +56,7 @@ def arrays(per_class=3, class_names=("ant", "bee", "cat"), height=32, width=32, 
 
 
 def message_of(name, data_dir, *parts):
-    """The one line that load_dataset answers with; it names the file (or folder) and each of `parts`."""
+    """The one line that load_dataset answers with; it holds each of `parts`."""
     with pytest.raises(UserError) as caught:
         load_dataset(name, data_dir)
     message = str(caught.value)
@@ -52,6 +64,12 @@ def message_of(name, data_dir, *parts):
     for part in parts:
         assert str(part) in message, message
     return message
+
+
+def message_of_npz(data_dir, stored, *parts):
+    """The one line that load_dataset answers with where these arrays are in the file."""
+    np.savez(data_dir / "mine.npz", **stored)
+    return message_of("mine", data_dir, data_dir / "mine.npz", *parts)
 
 
 def assert_same_data(found, expected):
@@ -65,17 +83,36 @@ def assert_same_data(found, expected):
 def test_the_split_of_cifar100_is_the_tutorials():
     assert len(CIFAR100_CLASSES) == 100 and CIFAR100_CLASSES == sorted(CIFAR100_CLASSES)
     split = split_classes(CIFAR100_CLASSES)
-    assert split["val"] == "caterpillar castle skunk ray bus motorcycle keyboard chimpanzee possum tiger".split()
-    assert split["test"] == "kangaroo crocodile butterfly shark forest pickup_truck telephone lion worm mushroom".split()
+    assert " ".join(split["val"]) == (
+        "caterpillar castle skunk ray bus motorcycle keyboard chimpanzee possum tiger"
+    )
+    assert " ".join(split["test"]) == (
+        "kangaroo crocodile butterfly shark forest pickup_truck telephone lion worm mushroom"
+    )
     assert len(split["train"]) == 80 and list(split) == ["train", "val", "test"]
 
 
-@pytest.mark.parametrize("count, held_out", [(6, 2), (7, 2), (10, 2), (20, 2), (26, 3), (30, 3), (50, 5), (100, 10), (101, 10), (1000, 100)])
+@pytest.mark.parametrize(
+    "count, held_out",
+    [
+        (6, 2),
+        (7, 2),
+        (10, 2),
+        (20, 2),
+        (26, 3),
+        (30, 3),
+        (50, 5),
+        (100, 10),
+        (101, 10),
+        (1000, 100),
+    ],
+)
 def test_every_class_is_in_exactly_one_part_and_the_parts_are_in_proportion(count, held_out):
     names = [f"class {c}" for c in range(count)]
     split = split_classes(names)
     assert sorted(split["train"] + split["val"] + split["test"]) == sorted(names)
-    assert [len(split[part]) for part in ("train", "val", "test")] == [count - 2 * held_out, held_out, held_out]
+    sizes = [len(split[part]) for part in ("train", "val", "test")]
+    assert sizes == [count - 2 * held_out, held_out, held_out]
 
 
 def test_the_split_follows_its_seed_and_no_other_random_numbers():
@@ -97,7 +134,12 @@ def test_too_few_classes_to_split_are_refused_with_both_numbers(count):
 
 def image_set(**options):
     stored = arrays(**options)
-    return ImageSet("mine", torch.from_numpy(stored["images"]).permute(0, 3, 1, 2), torch.from_numpy(stored["labels"]), stored["class_names"].tolist())
+    return ImageSet(
+        "mine",
+        torch.from_numpy(stored["images"]).permute(0, 3, 1, 2),
+        torch.from_numpy(stored["labels"]),
+        stored["class_names"].tolist(),
+    )
 
 
 def test_some_classes_of_a_data_set_are_numbered_in_the_order_asked_for():
@@ -166,8 +208,7 @@ def test_images_in_fortran_order_are_the_same_images(tmp_path):
 def test_a_missing_array_is_named(tmp_path, key):
     stored = arrays()
     del stored[key]
-    np.savez(tmp_path / "mine.npz", **stored)
-    message_of("mine", tmp_path, tmp_path / "mine.npz", f"no array {key!r}", "write it again")
+    message_of_npz(tmp_path, stored, f"no array {key!r}", "write it again")
 
 
 class Bomb:
@@ -182,13 +223,15 @@ class Bomb:
 
 @pytest.mark.parametrize("key", ["images", "labels", "class_names"])
 def test_pickled_objects_are_refused_and_not_run(tmp_path, key):
-    np.savez(tmp_path / "mine.npz", **{**arrays(), key: np.array([Bomb(tmp_path / "exploded")], dtype=object)})
-    message_of("mine", tmp_path, tmp_path / "mine.npz", "cannot be read")
+    pickled = np.array([Bomb(tmp_path / "exploded")], dtype=object)
+    message_of_npz(tmp_path, {**arrays(), key: pickled}, "cannot be read")
     assert not (tmp_path / "exploded").exists()
 
 
 WRONG = {
-    "float images": ("images", lambda a: a / 255),
+    "float64 images": ("images", lambda a: a / 255),
+    "float32 images": ("images", lambda a: a.astype(np.float32)),
+    "images of NaN": ("images", lambda a: np.full(a.shape, np.nan)),
     "int64 images": ("images", lambda a: a.astype(np.int64)),
     "grey images": ("images", lambda a: a[..., 0]),
     "channels first": ("images", lambda a: a.transpose(0, 3, 1, 2)),
@@ -211,45 +254,49 @@ def test_an_array_of_another_kind_is_refused_with_its_kind_and_the_format(tmp_pa
     key, change = WRONG[what]
     stored = arrays()
     stored[key] = np.asarray(change(stored[key]))
-    np.savez(tmp_path / "mine.npz", **stored)
-    message_of("mine", tmp_path, tmp_path / "mine.npz", key, stored[key].dtype, list(stored[key].shape), "uint8 [N, H, W, 3]")
+    found = f"{key} are {stored[key].dtype} {list(stored[key].shape)}"
+    wanted = f" for {len(stored['images'])} images; " if key == "labels" else "; "
+    message_of_npz(tmp_path, stored, found + wanted, "uint8 [N, H, W, 3]")
+
+
+def test_class_names_with_characters_that_do_not_exist_are_refused(tmp_path):
+    stored = arrays()
+    stored["class_names"] = np.full(12, 0xFF, dtype=np.uint8).view("<U1")
+    message_of_npz(tmp_path, stored, "uint8 [N, H, W, 3]")
 
 
 @pytest.mark.parametrize("label", [-1, 3, 2**40])
 def test_labels_out_of_range_are_refused_with_the_range(tmp_path, label):
     stored = arrays()
     stored["labels"][4] = label
-    np.savez(tmp_path / "mine.npz", **stored)
-    message_of("mine", tmp_path, tmp_path / "mine.npz", label, "0 to 2", "renumber")
+    found = f"labels run from {min(label, 0)} to {max(label, 2)}"
+    message_of_npz(tmp_path, stored, found, "0 to 2", "renumber")
 
 
 def test_a_class_without_an_image_is_named(tmp_path):
     stored = arrays()
     stored["labels"][stored["labels"] == 1] = 0
-    np.savez(tmp_path / "mine.npz", **stored)
-    message_of("mine", tmp_path, tmp_path / "mine.npz", "'bee'", "no image", "add images or remove")
+    message_of_npz(tmp_path, stored, "class 'bee' has no image", "add images or remove")
 
 
 def test_a_data_set_without_any_image_is_refused(tmp_path):
-    stored = arrays()
-    np.savez(tmp_path / "mine.npz", images=stored["images"][:0], labels=stored["labels"][:0], class_names=stored["class_names"])
-    message_of("mine", tmp_path, tmp_path / "mine.npz", "'ant'", "no image")
+    message_of_npz(tmp_path, arrays(per_class=0), "class 'ant' has no image")
 
 
 @pytest.mark.parametrize("height, width", [(28, 32), (32, 28), (1, 1), (0, 0)])
 def test_images_too_small_for_the_encoder_are_refused_with_both_sizes(tmp_path, height, width):
-    np.savez(tmp_path / "mine.npz", **arrays(height=height, width=width))
-    message_of("mine", tmp_path, tmp_path / "mine.npz", f"{width}x{height}", "29x29", "enlarge or pad")
+    stored = arrays(height=height, width=width)
+    message_of_npz(tmp_path, stored, f"{width}x{height} pixels", "29x29", "enlarge or pad")
 
 
 def test_two_classes_of_one_name_are_refused(tmp_path):
-    np.savez(tmp_path / "mine.npz", **arrays(class_names=("ant", "bee", "ant")))
-    message_of("mine", tmp_path, tmp_path / "mine.npz", "class names", "all different", "name each class once")
+    stored = arrays(class_names=("ant", "bee", "ant"))
+    parts = ("2 different class names in 3", "all different", "name each class once")
+    message_of_npz(tmp_path, stored, *parts)
 
 
 def test_a_single_class_is_refused(tmp_path):
-    np.savez(tmp_path / "mine.npz", **arrays(class_names=("ant",)))
-    message_of("mine", tmp_path, tmp_path / "mine.npz", "at least 2")
+    message_of_npz(tmp_path, arrays(class_names=("ant",)), "at least 2")
 
 
 def saved_bytes(**options):
@@ -271,7 +318,11 @@ def test_a_file_with_a_damaged_byte_is_one_message_or_still_readable(tmp_path, s
     content = (tmp_path / "whole.npz").read_bytes()
     rng = np.random.default_rng(0)
     # Headers (the first and the last bytes, where most can go wrong) as often as pixels.
-    places = [*range(0, 250, 3), *range(len(content) - 400, len(content), 3), *rng.integers(len(content), size=60)]
+    places = [
+        *range(0, 250, 3),
+        *range(len(content) - 400, len(content), 3),
+        *rng.integers(len(content), size=60),
+    ]
     refused = 0
     for place in places:
         damaged = bytearray(content)
@@ -285,7 +336,11 @@ def test_a_file_with_a_damaged_byte_is_one_message_or_still_readable(tmp_path, s
     assert refused > len(places) / 4
 
 
-@pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html>404</html>", b"PK\x03\x04", bytes(1000), pickle.dumps([1, 2])], ids=repr)
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"<!DOCTYPE html><html>404</html>", b"PK\x03\x04", bytes(1000), pickle.dumps([1, 2])],
+    ids=repr,
+)
 def test_a_file_that_is_no_archive_is_one_message(tmp_path, content):
     (tmp_path / "mine.npz").write_bytes(content)
     message_of("mine", tmp_path, tmp_path / "mine.npz", "write it again")
@@ -297,19 +352,21 @@ def test_a_bare_array_under_the_name_of_an_archive_is_one_message(tmp_path):
     message_of("mine", tmp_path, tmp_path / "mine.npz", "write it again")
 
 
-def test_an_archive_of_other_things_is_one_message(tmp_path):
+@pytest.mark.parametrize("suffix", [".npy", "", None], ids=["arrays in name", "files", "empty"])
+def test_an_archive_of_other_things_is_one_message(tmp_path, suffix):
     with zipfile.ZipFile(tmp_path / "mine.npz", "w") as archive:
-        for name in ("images", "labels", "class_names"):
-            archive.writestr(f"{name}.npy", "no array at all")
-    message_of("mine", tmp_path, tmp_path / "mine.npz")
+        for name in ("images", "labels", "class_names") if suffix is not None else ():
+            archive.writestr(f"{name}{suffix}", "no array at all")
+    message_of("mine", tmp_path, tmp_path / "mine.npz", "write it again")
 
 
 def test_a_header_that_promises_too_much_is_one_message(tmp_path):
     # A header of a few bytes may claim more images than any memory holds.
     with zipfile.ZipFile(tmp_path / "mine.npz", "w") as archive:
         for name, array in arrays().items():
-            file = io.BytesIO()
-            np.lib.format.write_array_header_1_0(file, {"descr": array.dtype.str, "fortran_order": False, "shape": (10**12, *array.shape[1:])})
+            file, shape = io.BytesIO(), (10**12, *array.shape[1:])
+            header = {"descr": array.dtype.str, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
             archive.writestr(f"{name}.npy", file.getvalue())
     message_of("mine", tmp_path, tmp_path / "mine.npz")
 
@@ -328,7 +385,8 @@ def save_images(folder, classes=("ant", "bee"), count=2, size=(32, 32), mode="RG
     for name in classes:
         (folder / name).mkdir(parents=True)
         for number in range(count):
-            image = Image.fromarray(rng.integers(256, size=(size[1], size[0], 3), dtype=np.uint8)).convert(mode)
+            image = rng.integers(256, size=(size[1], size[0], 3), dtype=np.uint8)
+            image = Image.fromarray(image).convert(mode)
             image.save(folder / name / f"{number}.{suffix}")
             pixels[name, number] = np.asarray(image.convert("RGB"))
     return pixels
@@ -336,21 +394,26 @@ def save_images(folder, classes=("ant", "bee"), count=2, size=(32, 32), mode="RG
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "1"])
 def test_a_folder_of_png_files_is_read_pixel_by_pixel(tmp_path, mode):
-    pixels = save_images(tmp_path / "mine", ("dog", "ant", "bee"), count=3, size=(40, 32), mode=mode)
+    folder, classes = tmp_path / "mine", ("dog", "ant", "bee")
+    pixels = save_images(folder, classes, count=3, size=(40, 32), mode=mode)
     data = load_dataset("mine", tmp_path)
-    assert data.class_names == ["ant", "bee", "dog"] and data.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert data.labels.dtype == torch.int64 and data.images.dtype == torch.uint8 and data.images.shape == (9, 3, 32, 40)
+    assert data.class_names == ["ant", "bee", "dog"]
+    assert data.labels.dtype == torch.int64 and data.labels.tolist() == 3 * [0] + 3 * [1] + 3 * [2]
+    assert data.images.dtype == torch.uint8 and data.images.shape == (9, 3, 32, 40)
     expected = np.stack([pixels[name, number] for name in data.class_names for number in range(3)])
     assert np.array_equal(data.images.permute(0, 2, 3, 1).numpy(), expected)
 
 
-@pytest.mark.parametrize("suffix, mode", [("jpg", "RGB"), ("jpeg", "L"), ("JPG", "RGB"), ("PNG", "L"), ("jpg", "CMYK")])
+@pytest.mark.parametrize(
+    "suffix, mode", [("jpg", "RGB"), ("jpeg", "L"), ("JPG", "RGB"), ("PNG", "L"), ("jpg", "CMYK")]
+)
 def test_jpg_files_and_capital_suffixes_are_read(tmp_path, suffix, mode):
     save_images(tmp_path / "mine", mode=mode, suffix=suffix)
     data = load_dataset("mine", tmp_path)
     assert data.images.shape == (4, 3, 32, 32)
     with Image.open(tmp_path / "mine" / "bee" / f"1.{suffix}") as image:
-        assert np.array_equal(data.images[3].permute(1, 2, 0).numpy(), np.asarray(image.convert("RGB")))
+        expected = np.asarray(image.convert("RGB"))
+    assert np.array_equal(data.images[3].permute(1, 2, 0).numpy(), expected)
 
 
 def test_16_bit_grey_images_keep_their_shades_or_are_refused(tmp_path):
@@ -381,7 +444,11 @@ def test_the_order_of_the_images_does_not_depend_on_the_file_system(tmp_path, mo
     forward = load_dataset("mine", tmp_path)
     listed = os.listdir
     monkeypatch.setattr(os, "listdir", lambda *path: sorted(listed(*path), reverse=True))
-    monkeypatch.setattr(type(tmp_path), "iterdir", lambda path: iter([path / name for name in os.listdir(path)]))
+
+    def backwards(path):
+        return iter([path / name for name in os.listdir(path)])
+
+    monkeypatch.setattr(type(tmp_path), "iterdir", backwards)
     assert_same_data(load_dataset("mine", tmp_path), forward)
 
 
@@ -406,15 +473,31 @@ def test_an_empty_class_folder_is_named(tmp_path):
     save_images(tmp_path / "mine")
     (tmp_path / "mine" / "cat").mkdir()
     (tmp_path / "mine" / "cat" / "0.gif").write_bytes(b"GIF89a")
-    message_of("mine", tmp_path, tmp_path / "mine" / "cat", "add images or remove the folder")
+    found = f"{tmp_path / 'mine' / 'cat'} holds no .png or .jpg file"
+    message_of("mine", tmp_path, found, "add images or remove it")
 
 
-@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n", b"\x89PNG\r\n\x1a\n" + bytes(100), b"<html>404</html>"], ids=repr)
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no image", PNG_SIGNATURE, PNG_SIGNATURE + bytes(100), b"<html>404</html>"],
+    ids=repr,
+)
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 def test_an_unreadable_image_is_named(tmp_path, suffix, content):
     save_images(tmp_path / "mine", suffix=suffix)
-    (tmp_path / "mine" / "bee" / f"0.{suffix}").write_bytes(content)
-    message_of("mine", tmp_path, tmp_path / "mine" / "bee" / f"0.{suffix}", "replace or remove it")
+    path = tmp_path / "mine" / "bee" / f"0.{suffix}"
+    path.write_bytes(content)
+    message_of("mine", tmp_path, f"{path} cannot be read as an image", "replace or remove it")
+
+
+def test_a_folder_under_the_name_of_an_image_is_named(tmp_path):
+    save_images(tmp_path / "mine")
+    path = tmp_path / "mine" / "bee" / "2.png"
+    path.mkdir()
+    message_of("mine", tmp_path, f"{path} cannot be read as an image", "replace or remove it")
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
@@ -424,14 +507,14 @@ def test_an_image_that_was_cut_short_is_named(tmp_path, suffix):
     content = path.read_bytes()
     for length in (len(content) // 2, 60, 30, 1):
         path.write_bytes(content[:length])
-        message_of("mine", tmp_path, path, "replace or remove it")
+        message_of("mine", tmp_path, f"{path} cannot be read as an image", "replace or remove it")
 
 
 def test_an_image_with_damaged_bytes_is_named_or_still_readable(tmp_path):
     save_images(tmp_path / "mine")
     path = tmp_path / "mine" / "bee" / "1.png"
     content, rng, refused = path.read_bytes(), np.random.default_rng(0), 0
-    for place in range(0, 120, 1):
+    for place in range(120):
         damaged = bytearray(content)
         damaged[place] ^= int(rng.integers(1, 256))
         path.write_bytes(damaged)
@@ -445,9 +528,10 @@ def test_an_image_with_damaged_bytes_is_named_or_still_readable(tmp_path):
 
 def test_images_of_different_sizes_are_refused_with_both_files_and_sizes(tmp_path):
     save_images(tmp_path / "mine", size=(32, 36))
-    odd = tmp_path / "mine" / "bee" / "1.png"
+    first, odd = tmp_path / "mine" / "ant" / "0.png", tmp_path / "mine" / "bee" / "1.png"
     Image.new("RGB", (32, 40)).save(odd)
-    message_of("mine", tmp_path, odd, "32x40", tmp_path / "mine" / "ant" / "0.png", "32x36", "one size")
+    found = f"{odd} is 32x40 pixels but {first} is 32x36 pixels"
+    message_of("mine", tmp_path, found, "one size")
 
 
 def test_a_folder_of_images_too_small_for_the_encoder_is_refused(tmp_path):
@@ -493,15 +577,16 @@ def test_a_drawn_data_set_is_written_once_and_then_read(tmp_path, capsys, no_net
 @pytest.fixture
 def quick_digits(monkeypatch):
     """glyph_digits, drawn in no time."""
-    monkeypatch.setitem(SOURCES, "glyph_digits", lambda name, root: draw_glyph_digits(images_per_class=1))
+    few = functools.partial(draw_glyph_digits, images_per_class=1)
+    monkeypatch.setitem(SOURCES, "glyph_digits", lambda name, root: few())
 
 
-def test_a_data_set_that_cannot_be_written_is_one_message_and_leaves_nothing(tmp_path, quick_digits):
+def test_a_data_set_that_cannot_be_written_is_one_message(tmp_path, quick_digits):
     (tmp_path / "taken").write_text("a file where a folder is needed")
     message_of("glyph_digits", tmp_path / "taken", "glyph_digits.npz", "choose another folder")
 
 
-def test_an_interruption_while_the_file_is_written_leaves_nothing(tmp_path, quick_digits, monkeypatch):
+def test_an_interrupted_writing_leaves_nothing(tmp_path, quick_digits, monkeypatch):
     def stop_half_way(path, **options):
         with open(path, "wb") as file:
             file.write(b"half")
@@ -544,7 +629,8 @@ def test_statistics_do_not_depend_on_the_layout_in_memory():
 def test_cifar100_is_normalised_with_the_tutorials_constants():
     data = image_set()
     data.name = "cifar100"
-    assert channel_statistics(data) == ((0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047)) == (CIFAR100_MEAN, CIFAR100_STD)
+    mean, std = (0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047)
+    assert channel_statistics(data) == (mean, std) == (CIFAR100_MEAN, CIFAR100_STD)
 
 
 def test_images_of_a_single_grey_can_be_normalised():
@@ -559,21 +645,82 @@ def test_normalised_training_images_have_mean_0_and_deviation_1():
     data = image_set(per_class=20)
     images = normalize(data.images, *channel_statistics(data))
     assert images.dtype == torch.float32 and images.shape == data.images.shape
-    torch.testing.assert_close(images.double().mean(dim=(0, 2, 3)), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-5)
-    torch.testing.assert_close(images.double().std(dim=(0, 2, 3), correction=0), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-5)
+    std, mean = torch.std_mean(images.double(), dim=(0, 2, 3), correction=0)
+    assert mean.tolist() == pytest.approx([0, 0, 0], abs=1e-5)
+    assert std.tolist() == pytest.approx([1, 1, 1], abs=1e-5)
 
 
 def test_normalising_equals_torchvisions_transforms():
     images = image_set().images
     found = normalize(images, CIFAR100_MEAN, CIFAR100_STD)
-    for image, result in zip(images, found):
-        expected = torchvision.transforms.functional.normalize(image.float() / 255, CIFAR100_MEAN, CIFAR100_STD)
-        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    theirs = torchvision.transforms.Normalize(CIFAR100_MEAN, CIFAR100_STD)
+    torch.testing.assert_close(found, theirs(images.float() / 255), rtol=1e-5, atol=1e-5)
     # The augmentation gives float images of the same scale.
     torch.testing.assert_close(normalize(images.float(), CIFAR100_MEAN, CIFAR100_STD), found)
 
 
-# ---- downloads: small files of the true formats, from a server on this machine, through torchvision
+# ---- what a trainer works on
+
+
+@pytest.fixture
+def seven_classes(tmp_path):
+    """Seven classes of different brightness, so that other classes have other statistics."""
+    stored = arrays(per_class=4, class_names=tuple("abcdefg"))
+    stored["images"] //= 1 + stored["labels"][:, None, None, None].astype(np.uint8)
+    np.savez(tmp_path / "mine.npz", **stored)
+    return load_dataset("mine", tmp_path)
+
+
+def test_training_data_are_disjoint_classes_of_the_split_on_the_device(tmp_path, seven_classes):
+    data = load_training_data("mine", tmp_path, torch.device("cpu"))
+    assert data.split == split_classes(seven_classes.class_names)
+    assert_same_data(data.train, seven_classes.of_classes(data.split["train"]))
+    assert_same_data(data.val, seven_classes.of_classes(data.split["val"]))
+    assert not set(data.train.class_names) & set(data.val.class_names)
+    for part in (data.train, data.val):
+        assert part.images.is_contiguous(memory_format=torch.channels_last)
+    moved = load_training_data("mine", tmp_path, torch.device("meta"))
+    for part in (moved.train, moved.val):
+        assert part.images.device.type == part.labels.device.type == "meta"
+
+
+def test_training_data_are_normalised_by_the_training_images_alone(tmp_path, seven_classes):
+    data = load_training_data("mine", tmp_path, torch.device("cpu"))
+    assert (data.mean, data.std) == channel_statistics(data.train)
+    assert data.mean != channel_statistics(seven_classes)[0]
+    std, mean = torch.std_mean(data.normalize(data.train.images), dim=(0, 2, 3), correction=0)
+    assert mean.tolist() == pytest.approx([0, 0, 0], abs=1e-5)
+    assert std.tolist() == pytest.approx([1, 1, 1], abs=1e-5)
+    validation_images = normalize(data.val.images, data.mean, data.std)
+    assert torch.equal(data.normalize(data.val.images), validation_images)
+
+
+def test_training_data_of_cifar100_are_normalised_with_the_tutorials_constants(tmp_path):
+    np.savez(tmp_path / "cifar100.npz", **arrays(class_names=tuple("abcdef")))
+    data = load_training_data("cifar100", tmp_path, torch.device("cpu"))
+    assert (data.mean, data.std) == (CIFAR100_MEAN, CIFAR100_STD)
+
+
+def test_training_data_carry_the_digest_of_the_whole_data_set(tmp_path, seven_classes):
+    data = load_training_data("mine", tmp_path, torch.device("cpu"))
+    assert data.digest == seven_classes.digest()
+    with np.load(tmp_path / "mine.npz") as file:
+        stored = dict(file)
+    # Test images are part of it, though no trainer sees them.
+    stored["images"][stored["labels"] == "abcdefg".index(data.split["test"][0])] ^= 1
+    np.savez(tmp_path / "mine.npz", **stored)
+    assert load_training_data("mine", tmp_path, torch.device("cpu")).digest != data.digest
+
+
+def test_training_data_need_a_data_set_and_enough_classes(tmp_path):
+    with pytest.raises(UserError, match="there is no data set 'absent'"):
+        load_training_data("absent", tmp_path, torch.device("cpu"))
+    np.savez(tmp_path / "mine.npz", **arrays())
+    with pytest.raises(UserError, match="found 3 classes, but at least 6"):
+        load_training_data("mine", tmp_path, torch.device("cpu"))
+
+
+# ---- downloads: small files of the true formats, from a local server, through torchvision
 
 
 @pytest.fixture
@@ -586,7 +733,8 @@ def server(tmp_path_factory, monkeypatch):
             pass
 
     monkeypatch.setenv("no_proxy", "*")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder)) as instance:
+    handler = functools.partial(Quiet, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as instance:
         thread = threading.Thread(target=instance.serve_forever, args=(0.02,))
         thread.start()
         yield folder, f"http://127.0.0.1:{instance.server_port}/"
@@ -599,7 +747,7 @@ def md5(content):
 
 
 def few_digits(counts=(4, 3, 5, 3, 3, 4, 3, 3, 6, 3)):
-    """Digits in mixed order, not of all as many; the least frequent decides how many of each are kept."""
+    """Digits in mixed order, some more often than others; the rarest decides how many are kept."""
     rng = np.random.default_rng(0)
     return rng, rng.permutation(np.repeat(np.arange(10), counts))
 
@@ -613,7 +761,8 @@ def svhn_file():
     pixels = rng.integers(256, size=(len(digits), 32, 32, 3), dtype=np.uint8)
     file = io.BytesIO()
     # As published: images along the last axis, labels in a column, the digit zero called 10.
-    scipy.io.savemat(file, {"X": pixels.transpose(1, 2, 3, 0), "y": np.where(digits == 0, 10, digits).astype(np.uint8)[:, None]})
+    labels = np.where(digits == 0, 10, digits).astype(np.uint8)[:, None]
+    scipy.io.savemat(file, {"X": pixels.transpose(1, 2, 3, 0), "y": labels})
     return file.getvalue(), pixels, digits
 
 
@@ -622,13 +771,15 @@ def svhn(server, monkeypatch):
     folder, address = server
     content, pixels, digits = svhn_file()
     (folder / "test_32x32.mat").write_bytes(content)
-    monkeypatch.setitem(torchvision.datasets.SVHN.split_list, "test", [address + "test_32x32.mat", "test_32x32.mat", md5(content)])
+    test_part = [address + "test_32x32.mat", "test_32x32.mat", md5(content)]
+    monkeypatch.setitem(torchvision.datasets.SVHN.split_list, "test", test_part)
     return folder / "test_32x32.mat", pixels, digits
 
 
 def check_svhn(data, pixels, digits):
     rows = first_three_of_each(digits)
-    assert data.class_names == list("0123456789") and data.labels.tolist() == [digit for digit in range(10) for _ in range(3)]
+    assert data.class_names == list("0123456789")
+    assert data.labels.tolist() == [digit for digit in range(10) for _ in range(3)]
     assert np.array_equal(data.images.permute(0, 2, 3, 1).numpy(), pixels[rows])
 
 
@@ -636,7 +787,8 @@ def test_svhn_is_downloaded_and_the_first_images_of_each_digit_are_kept(tmp_path
     _, pixels, digits = svhn
     first = load_dataset("svhn", tmp_path)
     check_svhn(first, pixels, digits)
-    assert (tmp_path / "svhn.npz").exists() and not [name for name in os.listdir(tmp_path) if "tmp" in name]
+    assert (tmp_path / "svhn.npz").exists()
+    assert not [name for name in os.listdir(tmp_path) if "tmp" in name]
 
 
 def test_the_second_time_svhn_is_read_from_the_written_file(tmp_path, svhn, monkeypatch):
@@ -654,10 +806,13 @@ def test_a_file_put_there_by_hand_is_read_without_a_network(tmp_path, svhn, monk
     check_svhn(load_dataset("svhn", tmp_path), pixels, digits)
 
 
-@pytest.mark.parametrize("content", [b"<!DOCTYPE html><html>Please log in</html>", b""], ids=["html", "empty"])
+@pytest.mark.parametrize(
+    "content", [b"<!DOCTYPE html><html>Please log in</html>", b""], ids=["html", "empty"]
+)
 def test_a_page_in_place_of_the_file_is_one_message_and_leaves_no_data_set(tmp_path, svhn, content):
     svhn[0].write_bytes(content)
-    message_of("svhn", tmp_path, tmp_path / "svhn.npz", "test_32x32.mat", "http://ufldl.stanford.edu/housenumbers/", "PATH_DATASETS")
+    parts = ("test_32x32.mat", "http://ufldl.stanford.edu/housenumbers/", "PATH_DATASETS")
+    message_of("svhn", tmp_path, tmp_path / "svhn.npz", *parts)
     assert not (tmp_path / "svhn.npz").exists()
 
 
@@ -679,7 +834,8 @@ def test_a_download_that_the_server_refuses_is_one_message(tmp_path, svhn):
 
 def idx(array):
     """An array of bytes in the format of MNIST, compressed."""
-    return gzip.compress(struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.astype(np.uint8).tobytes())
+    header = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+    return gzip.compress(header + array.astype(np.uint8).tobytes())
 
 
 def test_mnist_is_downloaded_padded_to_32_pixels_and_made_rgb(tmp_path, server, monkeypatch):
@@ -706,15 +862,18 @@ def test_mnist_is_downloaded_padded_to_32_pixels_and_made_rgb(tmp_path, server, 
     assert load_dataset("mnist", tmp_path).digest() == data.digest()
 
 
-def test_what_an_interrupted_download_of_mnist_leaves_is_not_taken_for_images(tmp_path, no_network, monkeypatch):
+def test_the_rest_of_a_failed_download_is_not_taken_for_images(tmp_path, no_network, monkeypatch):
     # torchvision makes the folder MNIST, which macOS and Windows also find under the name mnist.
     with pytest.raises(UserError):
         load_dataset("mnist", tmp_path)
     assert (tmp_path / "MNIST").is_dir()
-    exists = type(tmp_path).is_dir
-    monkeypatch.setattr(type(tmp_path), "is_dir", lambda path: exists(path.with_name("MNIST") if path.name == "mnist" else path))
-    listed = type(tmp_path).iterdir
-    monkeypatch.setattr(type(tmp_path), "iterdir", lambda path: listed(path.with_name("MNIST") if path.name == "mnist" else path))
+    for name in ("is_dir", "iterdir"):
+        method = getattr(type(tmp_path), name)
+
+        def ignoring_case(path, method=method):
+            return method(path.with_name("MNIST") if path.name == "mnist" else path)
+
+        monkeypatch.setattr(type(tmp_path), name, ignoring_case)
     with pytest.raises(UserError, match="mnist.npz is missing"):
         load_dataset("mnist", tmp_path)
 
@@ -723,7 +882,8 @@ def test_what_an_interrupted_download_of_mnist_leaves_is_not_taken_for_images(tm
 def cifar100(server, monkeypatch):
     folder, address = server
     rng = np.random.default_rng(0)
-    pixels, labels = rng.integers(256, size=(10, 3, 32, 32), dtype=np.uint8), [0, 1, 2, 2, 1, 0, 1, 2, 0, 2]
+    pixels = rng.integers(256, size=(10, 3, 32, 32), dtype=np.uint8)
+    labels = [0, 1, 2, 2, 1, 0, 1, 2, 0, 2]
     parts = {
         "train": {"data": pixels[:6].reshape(6, -1), "fine_labels": labels[:6]},
         "test": {"data": pixels[6:].reshape(4, -1), "fine_labels": labels[6:]},
@@ -755,7 +915,8 @@ def test_cifar100_is_downloaded_and_its_two_parts_are_merged(tmp_path, cifar100)
 
 def test_a_page_in_place_of_cifar100_is_one_message_and_leaves_no_data_set(tmp_path, cifar100):
     cifar100[0].write_bytes(b"<html>moved</html>")
-    message_of("cifar100", tmp_path, tmp_path / "cifar100.npz", "cifar-100-python.tar.gz", "https://www.cs.toronto.edu/~kriz/cifar.html")
+    parts = ("cifar-100-python.tar.gz", "https://www.cs.toronto.edu/~kriz/cifar.html")
+    message_of("cifar100", tmp_path, tmp_path / "cifar100.npz", *parts)
     assert not (tmp_path / "cifar100.npz").exists()
 
 
@@ -767,10 +928,13 @@ def test_a_page_in_place_of_cifar100_is_one_message_and_leaves_no_data_set(tmp_p
         ("mnist", "MNIST/raw", "https://ossci-datasets.s3.amazonaws.com/mnist/"),
     ],
 )
-def test_without_a_network_one_message_names_the_missing_file_and_where_it_goes(tmp_path, no_network, name, files, address):
+def test_without_a_network_one_message_names_the_missing_file_and_where_it_goes(
+    tmp_path, no_network, name, files, address
+):
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(17)
-    message_of(name, tmp_path / "data", tmp_path / "data" / f"{name}.npz", files, address, "PATH_DATASETS")
-    assert not (tmp_path / "data" / f"{name}.npz").exists()
+    file = tmp_path / "data" / f"{name}.npz"
+    message_of(name, tmp_path / "data", file, files, address, "PATH_DATASETS")
+    assert not file.exists()
     assert socket.getdefaulttimeout() == 17
     socket.setdefaulttimeout(timeout)

@@ -12,18 +12,22 @@ def test_the_cpu_is_always_there():
 
 
 def test_auto_takes_what_is_there():
-    expected = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     device = pick_device("auto")
-    assert device.type == expected
+    assert device.type == next((name for name in there if there[name]), "cpu")
     assert torch.ones(2, device=device).sum().item() == 2
 
 
-@pytest.mark.parametrize("name", ["tpu", "", "cuda:99", "cpu:x", "GPU", "hpu", "cuda:", "cuda:x", "cpu\n"])
+NAMES = ["tpu", "", "cuda:99", "cpu:x", "GPU", "hpu", "cuda:", "cuda:x", "cpu\n"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_device_that_is_not_there_is_one_message(name):
     with pytest.raises(UserError) as caught:
         pick_device(name)
     message = str(caught.value)
-    assert repr(name) in message and "--device=auto" in message and "cpu" in message and "\n" not in message
+    assert repr(name) in message and "--device=auto" in message
+    assert "cpu" in message and "\n" not in message
 
 
 def test_a_device_without_memory_is_no_device():

@@ -8,31 +8,38 @@ import torch.nn.functional as F
 from torchvision.models import DenseNet
 
 from common.data import SMALLEST_IMAGE
-from common.encoder import conv3x3, encode_in_batches, make_encoder, pointwise, with_mirror_images, with_principal_features
+from common.encoder import (
+    Encoder,
+    conv1x1,
+    conv3x3,
+    encode_in_batches,
+    with_mirror_images,
+    with_principal_features,
+)
 
 SMALL = {"proto_dim": 8, "growth_rate": 4, "block_config": (2, 2, 2, 2), "num_init_features": 8}
 
 
 def test_the_default_encoder_has_the_tutorials_number_of_parameters():
-    assert sum(parameter.numel() for parameter in make_encoder().parameters()) == 962_912
+    assert sum(parameter.numel() for parameter in Encoder().parameters()) == 962_912
 
 
 @torch.no_grad()
 def test_an_image_becomes_a_vector_of_proto_dim_numbers():
-    assert make_encoder().eval()(torch.randn(2, 3, 32, 32)).shape == (2, 64)
-    assert make_encoder(proto_dim=10).eval()(torch.randn(3, 3, 32, 32)).shape == (3, 10)
+    assert Encoder().eval()(torch.randn(2, 3, 32, 32)).shape == (2, 64)
+    assert Encoder(proto_dim=10).eval()(torch.randn(3, 3, 32, 32)).shape == (3, 10)
 
 
 @torch.no_grad()
 def test_features_may_be_negative_and_differ_between_images():
-    features = make_encoder().eval()(torch.randn(8, 3, 32, 32))
+    features = Encoder().eval()(torch.randn(8, 3, 32, 32))
     assert (features < 0).any() and (features > 0).any()
     assert torch.pdist(features).min() > 0
 
 
 @torch.no_grad()
 def test_the_smallest_image_that_data_sets_may_hold_is_the_smallest_that_fits():
-    encoder = make_encoder(**SMALL).eval()
+    encoder = Encoder(**SMALL).eval()
     assert encoder(torch.randn(2, 3, SMALLEST_IMAGE, SMALLEST_IMAGE)).shape == (2, 8)
     with pytest.raises(RuntimeError):
         encoder(torch.randn(2, 3, SMALLEST_IMAGE - 1, SMALLEST_IMAGE))
@@ -40,29 +47,38 @@ def test_the_smallest_image_that_data_sets_may_hold_is_the_smallest_that_fits():
 
 @torch.no_grad()
 def test_images_need_not_be_square():
-    assert make_encoder(**SMALL).eval()(torch.randn(2, 3, 32, 64)).shape == (2, 8)
+    assert Encoder(**SMALL).eval()(torch.randn(2, 3, 32, 64)).shape == (2, 8)
 
 
 def test_the_weights_follow_the_global_seed():
     def weights(seed):
         torch.manual_seed(seed)
-        return torch.cat([parameter.flatten() for parameter in make_encoder(**SMALL).parameters()])
+        return torch.cat([parameter.flatten() for parameter in Encoder(**SMALL).parameters()])
 
     first, again, other = weights(1), weights(1), weights(2)
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("size", [(32, 32), (SMALLEST_IMAGE, SMALLEST_IMAGE), (32, 64), (33, 47), (64, 64), (128, 40)], ids=str)
+@pytest.mark.parametrize(
+    "size",
+    [(32, 32), (SMALLEST_IMAGE, SMALLEST_IMAGE), (32, 64), (33, 47), (64, 64), (128, 40)],
+    ids=str,
+)
 def test_it_computes_what_torchvisions_densenet_does(size, training):
     # With the same names in its state, too: the author's checkpoint holds exactly these.
-    plain = DenseNet(growth_rate=4, block_config=(2, 2, 2, 2), bn_size=2, num_init_features=8, num_classes=8).double().train(training)
-    encoder = make_encoder(**SMALL).double().train(training)
+    sizes = {"growth_rate": 4, "block_config": (2, 2, 2, 2), "bn_size": 2, "num_init_features": 8}
+    plain = DenseNet(**sizes, num_classes=8).double().train(training)
+    encoder = Encoder(**SMALL).double().train(training)
     encoder.load_state_dict(plain.state_dict())
-    images, direction = torch.randn(5, 3, *size, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64)
+    images = torch.randn(5, 3, *size, dtype=torch.float64)
+    direction = torch.randn(5, 8, dtype=torch.float64)
     outputs = [model(images) for model in (encoder, plain)]
     torch.testing.assert_close(*outputs)
-    gradients = [torch.autograd.grad((output * direction).sum(), list(model.parameters())) for model, output in zip((encoder, plain), outputs)]
+    gradients = [
+        torch.autograd.grad((output * direction).sum(), list(model.parameters()))
+        for model, output in zip((encoder, plain), outputs)
+    ]
     scale = max(gradient.abs().max() for gradient in gradients[1])
     for found, expected in zip(*gradients):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9 * scale.item())
@@ -74,24 +90,25 @@ def test_it_computes_what_torchvisions_densenet_does(size, training):
 @pytest.mark.parametrize("height, width", [(1, 1), (1, 2), (2, 1), (2, 2), (2, 3), (4, 4)])
 def test_convolutions_equal_torchs_however_small_the_image(height, width, layout):
     x = torch.randn(3, 5, height, width, dtype=torch.float64).contiguous(memory_format=layout)
-    for convolve, size in ((conv3x3, 3), (pointwise, 1)):
+    for convolve, size in ((conv3x3, 3), (conv1x1, 1)):
         weight = torch.randn(4, 5, size, size, dtype=torch.float64).contiguous(memory_format=layout)
         torch.testing.assert_close(convolve(x, weight), F.conv2d(x, weight, padding=size // 2))
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 7, 100])
-def test_encoding_in_batches_equals_encoding_at_once(batch_size):
-    encoder = make_encoder(**SMALL).eval().double()
-    images = torch.randn(7, 3, 32, 32, dtype=torch.float64)
-    features = encode_in_batches(encoder, images, batch_size)
+@pytest.mark.parametrize("count", [1, 250, 251, 520])  # 250 images make a batch
+def test_encoding_in_batches_equals_encoding_at_once(count):
+    encoder = Encoder(**SMALL).eval().double()
+    images = torch.randn(count, 3, 32, 32, dtype=torch.float64)
+    features = encode_in_batches(encoder, images)
     assert not features.requires_grad
     torch.testing.assert_close(features, encoder(images).detach(), rtol=1e-10, atol=1e-10)
 
 
 @torch.no_grad()
 def test_mirrored_features_are_the_mean_of_both_views_and_the_same_for_both():
-    encoder, images = make_encoder(**SMALL).eval().double(), torch.randn(5, 3, 32, 40, dtype=torch.float64)
-    found = encode_in_batches(encoder, images, batch_size=2, mirror=True)
+    encoder = Encoder(**SMALL).eval().double()
+    images = torch.randn(253, 3, 32, 40, dtype=torch.float64)
+    found = encode_in_batches(encoder, images, mirror=True)
     torch.testing.assert_close(found, (encoder(images) + encoder(images.flip(3))) / 2)
     torch.testing.assert_close(encode_in_batches(encoder, images.flip(3), mirror=True), found)
 
@@ -99,15 +116,18 @@ def test_mirrored_features_are_the_mean_of_both_views_and_the_same_for_both():
 def test_each_image_is_followed_by_its_mirror_image():
     images = torch.arange(12).view(2, 1, 2, 3)
     assert with_mirror_images(images)[:, 0].tolist() == [
-        [[0, 1, 2], [3, 4, 5]], [[2, 1, 0], [5, 4, 3]], [[6, 7, 8], [9, 10, 11]], [[8, 7, 6], [11, 10, 9]],
-    ]  # fmt: skip
+        [[0, 1, 2], [3, 4, 5]],
+        [[2, 1, 0], [5, 4, 3]],
+        [[6, 7, 8], [9, 10, 11]],
+        [[8, 7, 6], [11, 10, 9]],
+    ]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("proto_dim", [3, 40])  # fewer and more than the layer before has
 def test_principal_features_keep_what_any_projection_of_that_size_can(proto_dim):
     torch.manual_seed(0)
-    encoder = make_encoder(**{**SMALL, "proto_dim": proto_dim}, unit_features=True).train()
+    encoder = Encoder(**{**SMALL, "proto_dim": proto_dim}, unit_features=True).train()
     images, before = torch.randn(50, 3, 32, 32), deepcopy(encoder.state_dict())
     found = with_principal_features(encoder, images)
     assert encoder.training and not found.training
@@ -119,13 +139,13 @@ def test_principal_features_keep_what_any_projection_of_that_size_can(proto_dim)
     kept, bias = inputs @ found.classifier.weight.T, found.classifier.bias
     assert found.classifier.weight.shape == encoder.classifier.weight.shape and not bias.any()
     torch.testing.assert_close(found(images), F.normalize(kept) * encoder.log_scale.exp())
-    # Eckart and Young: the sum of squares that is left is that of the singular values that were left out.
+    # Eckart and Young: what is lost of the sum of squares is that of the singular values left out.
     left = torch.linalg.svdvals(inputs.double())[proto_dim:].square().sum().item()
     assert (inputs.square().sum() - kept.square().sum()).item() == pytest.approx(left, abs=1e-3)
 
 
 def test_encoding_keeps_the_mode_of_the_encoder():
-    encoder, images = make_encoder(**SMALL), torch.randn(4, 3, 32, 32)
+    encoder, images = Encoder(**SMALL), torch.randn(4, 3, 32, 32)
     for training in (True, False):
         encoder.train(training)
         encode_in_batches(encoder, images)
@@ -135,8 +155,8 @@ def test_encoding_keeps_the_mode_of_the_encoder():
 @torch.no_grad()
 def test_unit_features_all_have_one_length_and_the_plain_direction():
     torch.manual_seed(0)
-    plain = make_encoder(**SMALL).eval()
-    unit = make_encoder(**SMALL, unit_features=True).eval()
+    plain = Encoder(**SMALL).eval()
+    unit = Encoder(**SMALL, unit_features=True).eval()
     unit.load_state_dict(plain.state_dict(), strict=False)
     images = torch.randn(6, 3, 32, 32)
     lengths = unit(images).norm(dim=1)
@@ -145,8 +165,24 @@ def test_unit_features_all_have_one_length_and_the_plain_direction():
 
 
 def test_the_common_length_of_unit_features_is_learned():
-    encoder = make_encoder(**SMALL, unit_features=True)
+    encoder = Encoder(**SMALL, unit_features=True)
     count = sum(parameter.numel() for parameter in encoder.parameters())
-    assert count == sum(parameter.numel() for parameter in make_encoder(**SMALL).parameters()) + 1
+    assert count == sum(parameter.numel() for parameter in Encoder(**SMALL).parameters()) + 1
     encoder(torch.randn(4, 3, 32, 32)).square().sum().backward()
     assert encoder.log_scale.grad.item() > 0
+
+
+@pytest.mark.parametrize("unit_features", [False, True])
+def test_an_encoder_can_be_built_again_from_its_arguments(unit_features):
+    encoder = Encoder(5, 3, (1, 2, 2), 4, 6, unit_features)
+    again = Encoder(**encoder.arguments)
+    again.load_state_dict(encoder.state_dict())
+    assert again.arguments == encoder.arguments
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(again.eval()(images), encoder.eval()(images))
+
+
+def test_weights_are_stored_channels_last():
+    for name, parameter in Encoder(**SMALL, unit_features=True).named_parameters():
+        if parameter.dim() == 4:
+            assert parameter.is_contiguous(memory_format=torch.channels_last), name

@@ -6,14 +6,29 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from common.config import UserError
 from common.data import ImageSet, load_dataset
-from common.figures import plot_accuracy_over_k, plot_episode, plot_examples, plot_training_curves
+from common.figures import (
+    _wrapped,
+    plot_accuracy_over_k,
+    plot_episode,
+    plot_examples,
+    plot_training_curves,
+)
 
 HISTORY = [
-    {"epoch": epoch, "lr": 1e-3, "train_loss": 2 / epoch, "val_loss": 2.2 / epoch, "train_accuracy": 1 - 0.7 / epoch, "val_accuracy": 1 - 0.8 / epoch}
+    {
+        "epoch": epoch,
+        "lr": 1e-3,
+        "train_loss": 2 / epoch,
+        "val_loss": 2.2 / epoch,
+        "train_accuracy": 1 - 0.7 / epoch,
+        "val_accuracy": 1 - 0.8 / epoch,
+    }
     for epoch in (1, 2, 3, 4)
 ]
 
@@ -28,17 +43,28 @@ def close_figures():
 def result_rows(models=("protonet", "pixels"), spread=True):
     spreads = {"std": 0.03, "ci95": 0.01} if spread else {"std": None, "ci95": None}
     return [
-        {"model": model, "k_shot": k, "n_way": 10, "accuracy": 0.3 + 0.05 * place + 0.01 * k, **spreads} for place, model in enumerate(models) for k in (2, 4, 16)
+        {
+            "model": model,
+            "k_shot": k,
+            "n_way": 10,
+            "accuracy": 0.3 + 0.05 * place + 0.01 * k,
+            **spreads,
+        }
+        for place, model in enumerate(models)
+        for k in (2, 4, 16)
     ]
 
 
 def image_set(class_names, per_class=8, height=32, width=32):
-    images = torch.randint(256, (len(class_names) * per_class, 3, height, width), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    return ImageSet("some data", images, torch.arange(len(class_names)).repeat_interleave(per_class), list(class_names))
+    generator = torch.Generator().manual_seed(0)
+    size = (len(class_names) * per_class, 3, height, width)
+    images = torch.randint(256, size, generator=generator, dtype=torch.uint8)
+    labels = torch.arange(len(class_names)).repeat_interleave(per_class)
+    return ImageSet("some data", images, labels, list(class_names))
 
 
 def pixels_of(path):
-    """The pixels of path.png, after a look at both files: neither blank nor broken, and no figure left open."""
+    """The pixels of path.png; checks that both files are neither blank nor broken, none open."""
     with Image.open(f"{path}.png") as image:
         pixels = np.asarray(image.convert("RGB"))
     assert min(pixels.shape[:2]) > 100
@@ -98,34 +124,84 @@ def test_an_episodes_support_is_left_and_its_queries_are_right(tmp_path):
     pixels = pixels_of(tmp_path / "episode").astype(int)
     red = np.flatnonzero(((pixels - [255, 0, 0]) == 0).all(axis=2).any(axis=0))
     blue = np.flatnonzero(((pixels - [0, 0, 255]) == 0).all(axis=2).any(axis=0))
-    assert len(red) and len(blue) and red.max() < pixels.shape[1] / 2 < blue.max() and red.max() < blue.min()
+    assert len(red) and len(blue)
+    assert red.max() < pixels.shape[1] / 2 < blue.max() and red.max() < blue.min()
 
 
 def test_accuracy_over_k_appears_for_any_choice_of_models(tmp_path):
-    rows = result_rows(("pixels", "protonet", "protomaml", "maml"))
-    plot_accuracy_over_k(rows, ["pixels", "protonet", "protomaml", "maml"], "Test classes", str(tmp_path / "all"))
+    models = ("pixels", "classifier", "protonet", "protomaml", "maml")
+    rows = result_rows(models)
+    plot_accuracy_over_k(rows, models, "Test classes", str(tmp_path / "all"))
     plot_accuracy_over_k(rows, ["protonet"], "Test classes", str(tmp_path / "one"))
     assert not np.array_equal(pixels_of(tmp_path / "all"), pixels_of(tmp_path / "one"))
 
 
 def test_accuracy_over_k_needs_no_spread(tmp_path):
-    plot_accuracy_over_k(result_rows(spread=False), ["protonet", "pixels"], "Test classes", str(tmp_path / "figure"))
+    rows, models = result_rows(spread=False), ["protonet", "pixels"]
+    plot_accuracy_over_k(rows, models, "Test classes", str(tmp_path / "figure"))
     pixels_of(tmp_path / "figure")
 
 
 def test_the_same_numbers_give_the_same_bytes(tmp_path):
     for name in ("first", "second"):
-        plot_accuracy_over_k(result_rows(), ["protonet", "pixels"], "Test classes", str(tmp_path / name))
+        models, path = ["protonet", "pixels"], str(tmp_path / name)
+        plot_accuracy_over_k(result_rows(), models, "Test classes", path)
     for suffix in ("png", "svg"):
-        assert (tmp_path / f"first.{suffix}").read_bytes() == (tmp_path / f"second.{suffix}").read_bytes(), suffix
+        first, second = (tmp_path / f"{name}.{suffix}" for name in ("first", "second"))
+        assert first.read_bytes() == second.read_bytes(), suffix
 
 
 def test_names_with_dollar_signs_are_text_and_no_formula(tmp_path):
-    # matplotlib reads what stands between two dollar signs as a formula, and stumbles over this one.
+    # matplotlib reads what stands between dollar signs as a formula, and stumbles over this one.
     names = ["$^$", "US$_AU$", "c"]
     plot_examples(image_set(names), str(tmp_path / "examples"))
-    plot_episode(image_set(names), torch.tensor([0, 8, 16, 1, 9, 17]), 3, 1, str(tmp_path / "episode"))
+    episode = torch.tensor([0, 8, 16, 1, 9, 17])
+    plot_episode(image_set(names), episode, 3, 1, str(tmp_path / "episode"))
     plot_training_curves(HISTORY, "ProtoNet", "$^$", str(tmp_path / "curves"))
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are made, in place of files."""
+    figures = []
+    monkeypatch.setattr("common.figures.save_figure", lambda figure, path: figures.append(figure))
+    return figures
+
+
+LONG_NAMES = [
+    "aquarium_fish",
+    "Anas platyrhynchos domesticus",
+    "cyrillic_small_yat_with_descender",
+    "well-known_semi-detached_house",
+    "_a__b_ c_",
+    "pneumonoultramicroscopicsilicovolcanoconiosis_x",
+    "x" * 40,
+]
+
+
+def test_long_class_names_are_wrapped_and_keep_every_character(drawn):
+    data = image_set(LONG_NAMES)
+    plot_examples(data, "examples")
+    plot_episode(data, torch.arange(0, 8 * len(LONG_NAMES), 8).repeat(2), 7, 1, "episode")
+    examples, episode = drawn
+    titles = [axis.get_title() for axis in examples.axes][: len(LONG_NAMES)]
+    ticks = [label.get_text() for label in episode.axes[0].get_yticklabels()]
+    assert titles == ticks
+    for name, shown in zip(LONG_NAMES, titles, strict=True):
+        # A line break may stand for a space of the name, and is otherwise added to it.
+        assert shown.replace("\n", "").replace(" ", "") == name.replace(" ", "")
+        assert all(0 < len(line) <= 14 for line in shown.split("\n"))
+    assert titles[0] == "aquarium_fish"
+    assert titles[1] == "Anas\nplatyrhynchos\ndomesticus"
+    parts = titles[2].split("\n")  # short enough parts are broken at underscores only
+    assert len(parts) > 2 and all(part.endswith("_") for part in parts[:-1])
+
+
+@given(st.text(st.characters(codec="ascii", categories=["L", "N", "P", "S"]), max_size=60))
+def test_a_wrapped_name_without_its_line_breaks_is_the_name(name):
+    shown = _wrapped(name)
+    assert shown.replace("\n", "") == name
+    assert all(len(line) <= 14 for line in shown.split("\n"))
 
 
 def test_a_folder_that_cannot_be_written_is_one_message(tmp_path):

@@ -73,7 +73,8 @@ def test_a_full_disk_is_one_message_and_leaves_the_old_file_whole(tmp_path):
     path.write_text("the old")
     with pytest.raises(UserError) as caught:
         write_and_fail(path, OSError(28, "No space left on device"))
-    assert str(path) in str(caught.value) and "No space left on device" in str(caught.value) and "folder" in str(caught.value)
+    for part in (str(path), "No space left on device", "folder"):
+        assert part in str(caught.value)
     assert path.read_text() == "the old" and os.listdir(tmp_path) == ["numbers.txt"]
 
 
@@ -99,7 +100,7 @@ def test_a_folder_in_the_files_place_is_one_message(tmp_path):
 
 
 def left_behind_by(process_id, path):
-    """The temporary file that a killed process with this number would leave when it writes `path`."""
+    """The temporary file that a process with this number leaves if it is killed writing `path`."""
     with atomic_file(path) as temporary:
         open(temporary, "w").close()
         name = temporary.replace(str(os.getpid()), str(process_id))
@@ -123,7 +124,12 @@ def test_what_a_living_process_writes_is_left_alone(tmp_path):
 
 def test_other_files_of_the_folder_are_left_alone(tmp_path):
     process_id = dead_process_id()
-    others = [left_behind_by(process_id, tmp_path / "other.txt"), tmp_path / "note.txt.bak", tmp_path / f".note.{process_id}.tmp.npz", tmp_path / ".note.x.tmp.txt"]
+    others = [
+        left_behind_by(process_id, tmp_path / "other.txt"),
+        tmp_path / "note.txt.bak",
+        tmp_path / f".note.{process_id}.tmp.npz",
+        tmp_path / ".note.x.tmp.txt",
+    ]
     for path in others[1:]:
         path.write_text("mine")
     write_text(tmp_path / "note.txt", "hello")

@@ -24,7 +24,8 @@ def digits():
 def test_there_are_100_character_classes_of_the_asked_number_of_images(characters):
     images, labels, names = characters
     assert images.shape == (100 * COUNT, 32, 32, 3) and images.dtype == np.uint8
-    assert labels.dtype == np.int64 and labels.tolist() == [c for c in range(100) for _ in range(COUNT)]
+    assert labels.dtype == np.int64
+    assert labels.tolist() == [c for c in range(100) for _ in range(COUNT)]
     assert len(names) == len(set(names)) == 100
 
 
@@ -44,7 +45,7 @@ def test_names_are_plain_words_fit_for_a_file_name(characters):
 def test_no_digit_is_among_the_character_classes(characters):
     # The digits are the unseen second domain: a model must not have met one.
     assert len(glyphs.CHARACTERS) == len(set(glyphs.CHARACTERS)) == 100
-    assert not any(unicodedata.category(character).startswith("N") for character in glyphs.CHARACTERS)
+    assert not any(unicodedata.category(each).startswith("N") for each in glyphs.CHARACTERS)
     assert not any("digit" in name.split("_") for name in characters[2])
 
 
@@ -57,7 +58,8 @@ def test_the_same_seed_draws_the_same_images_and_another_seed_others(characters,
 def test_a_class_is_the_same_whatever_is_drawn_beside_it(characters, monkeypatch):
     monkeypatch.setattr(glyphs, "CHARACTERS", glyphs.CHARACTERS[:3] + "Z" + glyphs.CHARACTERS[4:6])
     images, _, names = draw_glyphs(images_per_class=COUNT)
-    images, expected = images.reshape(6, COUNT, 32, 32, 3), characters[0].reshape(100, COUNT, 32, 32, 3)
+    images = images.reshape(6, COUNT, 32, 32, 3)
+    expected = characters[0].reshape(100, COUNT, 32, 32, 3)
     assert names[3] == "latin_capital_z" and not np.array_equal(images[3], expected[3])
     for label in (0, 1, 2, 4, 5):
         assert np.array_equal(images[label], expected[label])
@@ -81,15 +83,18 @@ def test_no_image_is_blank(characters, digits):
 
 
 def ink_of(images):
-    """How far each pixel is from the image's usual grey, whichever of the two is darker; [N, 1024], of equal length."""
+    """Distance of each pixel from the median grey of its image, as unit vectors [N, 1024]."""
     grey = images.astype(float).mean(axis=3).reshape(len(images), -1)
     ink = np.abs(grey - np.median(grey, axis=1, keepdims=True))
     ink -= ink.mean(axis=1, keepdims=True)
     return ink / np.linalg.norm(ink, axis=1, keepdims=True)
 
 
-# Rotated, stretched and shifted, they are hard for so plain a method; but chance, 0.01 and 0.1, is far below.
-@pytest.mark.parametrize("draw, count, least", [(draw_glyphs, 24, 0.1), (draw_glyph_digits, 60, 0.4)])
+# Rotated, stretched and shifted, they are hard for so plain a method; chance is 0.01 and 0.1.
+LEAST_ACCURACY = [(draw_glyphs, 24, 0.1), (draw_glyph_digits, 60, 0.4)]
+
+
+@pytest.mark.parametrize("draw, count, least", LEAST_ACCURACY)
 def test_images_look_like_others_of_their_class(draw, count, least):
     images, labels, names = draw(images_per_class=count)
     ink = ink_of(images).reshape(len(names), count, -1)

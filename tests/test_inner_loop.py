@@ -1,4 +1,4 @@
-"""The inner loop: adaptation and its first-order gradient against both written out by hand in float64."""
+"""The inner loop: adaptation and its first-order gradient, against both written out in float64."""
 
 from copy import deepcopy
 
@@ -6,90 +6,120 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.encoder import make_encoder
-from common.inner_loop import OUTPUT_INITS, adapt, copy_weights, first_order_gradients, follow_statistics, hand_over_gradients, statistics_of
+from common.encoder import Encoder
+from common.inner_loop import (
+    BATCHNORMS,
+    OUTPUT_INITS,
+    InnerLoop,
+    adapt,
+    copy_weights,
+    first_order_gradients,
+    follow_statistics,
+    hand_over_gradients,
+    running_statistics,
+)
 from common.samplers import episode_labels
 
 N_WAY, K_SHOT, NUM_QUERY, DIM = 3, 2, 4, 8
 Y_SPT, Y_QRY = episode_labels(N_WAY, K_SHOT), episode_labels(N_WAY, NUM_QUERY)
-# Unequal rates, so that one in the other's place is noticed.
+# Unequal rates, so that a mix-up of the two is noticed.
 LR_INNER, LR_OUTPUT = 0.05, 0.11
 
 
 def new_encoder(seed=0):
-    """A small DenseNet in float64 whose BatchNorm has seen some images: running statistics far from 0 and 1."""
+    """A small DenseNet in float64 with running statistics far from 0 and 1."""
     torch.manual_seed(seed)
-    encoder = make_encoder(DIM, growth_rate=4, block_config=(2, 2, 2, 2), num_init_features=8).double()
+    encoder = Encoder(DIM, growth_rate=4, block_config=(2, 2, 2, 2), num_init_features=8).double()
     for _ in range(3):
         encoder(2 + 3 * torch.randn(10, 3, 32, 32, dtype=torch.float64))
     return encoder
 
 
 def new_task(seed=1):
+    """Support and query images."""
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda count: torch.randn(count, 3, 32, 32, generator=generator, dtype=torch.float64)  # noqa: E731
+
+    def draw(count):
+        return torch.randn(count, 3, 32, 32, generator=generator, dtype=torch.float64)
+
     return draw(N_WAY * K_SHOT), draw(N_WAY * NUM_QUERY)
 
 
-def inner_loop(steps, output_init="prototypes", lr_inner=LR_INNER, lr_output=LR_OUTPUT, **options):
-    return {"num_inner_steps": steps, "lr_inner": lr_inner, "lr_output": lr_output, "output_init": output_init, **options}
+def inner_loop(steps, output_init="prototypes", batchnorm="batch"):
+    return InnerLoop(steps, LR_INNER, LR_OUTPUT, output_init, batchnorm)
+
+
+def without_learning(steps, output_init="prototypes", batchnorm="batch"):
+    return InnerLoop(steps, 0.0, 0.0, output_init, batchnorm)
 
 
 def everything(encoder):
     """All that adaptation must leave alone: parameters, buffers, gradients."""
     state = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
-    return {**state, **{f"{name}.grad": None if p.grad is None else p.grad.clone() for name, p in encoder.named_parameters()}}
+    for name, parameter in encoder.named_parameters():
+        gradient = parameter.grad
+        state[f"{name}.grad"] = None if gradient is None else gradient.clone()
+    return state
 
 
 def assert_same_bits(first, second):
     assert first.keys() == second.keys()
     for name, tensor in first.items():
-        assert (tensor is None and second[name] is None) or torch.equal(tensor, second[name]), name
+        both_none = tensor is None and second[name] is None
+        assert both_none or torch.equal(tensor, second[name]), name
 
 
-def outer_gradient(encoder, x_spt, x_qry, **options):
-    """One task as the training script does it; returns (query loss, {name: gradient of the encoder})."""
-    local, weight, bias = adapt(encoder, x_spt, Y_SPT, N_WAY, **options)
+def outer_gradient(encoder, x_spt, x_qry, loop):
+    """One task as the trainer does it; returns (query loss, {name: gradient of the encoder})."""
+    local, weight, bias = adapt(encoder, x_spt, Y_SPT, N_WAY, loop)
     loss = F.cross_entropy(F.linear(local(x_qry), weight, bias), Y_QRY)
     names = [name for name, _ in encoder.named_parameters()]
     return loss.item(), dict(zip(names, first_order_gradients(loss, encoder, local), strict=True))
 
 
-def by_hand(encoder, x_spt, x_qry, steps, output_init):
-    """The same from the definition: explicit weights, explicit sums, autograd only for single derivatives.
+def cross_entropy_by_hand(logits, labels):
+    of_each = [logits[row].log_softmax(0)[label] for row, label in enumerate(labels.tolist())]
+    return -sum(of_each) / len(labels)
 
-    First order: the query loss, a function of adapted weights theta' = theta - lr g and W' = W0(theta) - lr h, is
-    differentiated with g and h held constant. So dL/dtheta = dL/dtheta' + dL/dW' dW0/dtheta (and b like W).
+
+def by_hand(encoder, x_spt, x_qry, steps, output_init):
+    """The same from the definition: explicit weights and sums, autograd for single derivatives.
+
+    First order: the query loss, a function of adapted weights theta' = theta - lr g and
+    W' = W0(theta) - lr h, is differentiated with g and h held constant. So
+    dL/dtheta = dL/dtheta' + dL/dW' dW0/dtheta, and b like W. The prototypes and the first step take
+    a pass through the encoder each.
     """
     names = [name for name, _ in encoder.named_parameters()]
 
     def features(parameters, images):
-        # BatchNorm with the statistics of the batch; the running ones do not enter and are thrown away.
-        buffers = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
-        return torch.func.functional_call(deepcopy(encoder).train(), {**dict(zip(names, parameters)), **buffers}, (images,))
-
-    def query_loss(parameters, weight, bias):
-        logits = features(parameters, x_qry) @ weight.T + bias
-        return -sum(logits[row].log_softmax(0)[label] for row, label in enumerate(Y_QRY.tolist())) / len(Y_QRY)
+        # BatchNorm with the statistics of the batch; its running ones are not used and thrown away.
+        tensors = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
+        tensors.update(zip(names, parameters))
+        return torch.func.functional_call(deepcopy(encoder).train(), tensors, (images,))
 
     theta = [parameter.detach().clone().requires_grad_() for parameter in encoder.parameters()]
     if output_init == "prototypes":
         support = features(theta, x_spt)
-        v = torch.stack([sum(support[c * K_SHOT + shot] for shot in range(K_SHOT)) / K_SHOT for c in range(N_WAY)])
+        of_class = [support[c * K_SHOT : (c + 1) * K_SHOT] for c in range(N_WAY)]
+        v = torch.stack([sum(shots) / K_SHOT for shots in of_class])
         weight0, bias0 = 2 * v, -(v * v).sum(dim=1)
     else:
-        weight0, bias0 = torch.zeros(N_WAY, DIM, dtype=torch.float64), torch.zeros(N_WAY, dtype=torch.float64)
+        weight0 = torch.zeros(N_WAY, DIM, dtype=torch.float64)
+        bias0 = torch.zeros(N_WAY, dtype=torch.float64)
 
-    adapted = [*(t.detach().clone() for t in theta), weight0.detach().clone(), bias0.detach().clone()]
+    adapted = [tensor.detach().clone() for tensor in (*theta, weight0, bias0)]
+    rates = [LR_INNER] * len(theta) + [LR_OUTPUT] * 2
     for _ in range(steps):
         adapted = [tensor.requires_grad_() for tensor in adapted]
         logits = features(adapted[:-2], x_spt) @ adapted[-2].T + adapted[-1]
-        loss = -sum(logits[row].log_softmax(0)[label] for row, label in enumerate(Y_SPT.tolist())) / len(Y_SPT)
-        rates = [LR_INNER] * len(theta) + [LR_OUTPUT] * 2
-        adapted = [(tensor - rate * gradient).detach() for tensor, rate, gradient in zip(adapted, rates, torch.autograd.grad(loss, adapted))]
+        gradients = torch.autograd.grad(cross_entropy_by_hand(logits, Y_SPT), adapted)
+        stepped = zip(adapted, rates, gradients, strict=True)
+        adapted = [(tensor - rate * gradient).detach() for tensor, rate, gradient in stepped]
 
     adapted = [tensor.requires_grad_() for tensor in adapted]
-    loss = query_loss(adapted[:-2], adapted[-2], adapted[-1])
+    logits = features(adapted[:-2], x_qry) @ adapted[-2].T + adapted[-1]
+    loss = cross_entropy_by_hand(logits, Y_QRY)
     *direct, d_weight, d_bias = torch.autograd.grad(loss, adapted)
     if output_init == "prototypes":
         through_prototypes = torch.autograd.grad([weight0, bias0], theta, [d_weight, d_bias])
@@ -97,68 +127,77 @@ def by_hand(encoder, x_spt, x_qry, steps, output_init):
     return loss.item(), dict(zip(names, direct)), [tensor.detach() for tensor in adapted]
 
 
-@pytest.mark.parametrize("share_first_pass", [True, False])
 @pytest.mark.parametrize("output_init", OUTPUT_INITS)
 @pytest.mark.parametrize("steps", [1, 3])
-def test_the_first_order_gradient_equals_the_one_written_by_hand(steps, output_init, share_first_pass):
+def test_the_first_order_gradient_equals_the_one_written_by_hand(steps, output_init):
     encoder, (x_spt, x_qry) = new_encoder(), new_task()
     expected_loss, expected, _ = by_hand(encoder, x_spt, x_qry, steps, output_init)
-    loss, gradient = outer_gradient(encoder, x_spt, x_qry, **inner_loop(steps, output_init, share_first_pass=share_first_pass))
+    loss, gradient = outer_gradient(encoder, x_spt, x_qry, inner_loop(steps, output_init))
     assert loss == pytest.approx(expected_loss, rel=1e-10)
-    size = max(tensor.abs().max().item() for tensor in expected.values())
+    atol = 1e-10 * max(tensor.abs().max().item() for tensor in expected.values())
     for name, tensor in expected.items():
-        torch.testing.assert_close(gradient[name], tensor, rtol=1e-7, atol=1e-10 * size, msg=lambda text: f"{name}: {text}")  # noqa: B023
+        torch.testing.assert_close(
+            gradient[name], tensor, rtol=1e-7, atol=atol, msg=lambda text: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("output_init", OUTPUT_INITS)
 @pytest.mark.parametrize("steps", [1, 3])
 def test_the_adapted_weights_equal_those_written_by_hand(steps, output_init):
     encoder, (x_spt, x_qry) = new_encoder(), new_task()
-    *expected, expected_weight, expected_bias = by_hand(encoder, x_spt, x_qry, steps, output_init)[2]
-    local, weight, bias = adapt(encoder, x_spt, Y_SPT, N_WAY, **inner_loop(steps, output_init))
-    for (name, found), tensor in zip(local.named_parameters(), expected):
-        torch.testing.assert_close(found.detach(), tensor, rtol=1e-8, atol=1e-10, msg=lambda text: f"{name}: {text}")  # noqa: B023
-    torch.testing.assert_close(weight.detach(), expected_weight, rtol=1e-8, atol=1e-10)
-    torch.testing.assert_close(bias.detach(), expected_bias, rtol=1e-8, atol=1e-10)
+    expected = by_hand(encoder, x_spt, x_qry, steps, output_init)[2]
+    local, weight, bias = adapt(encoder, x_spt, Y_SPT, N_WAY, inner_loop(steps, output_init))
+    found = dict(local.named_parameters(), weight=weight, bias=bias)
+    for (name, tensor), other in zip(found.items(), expected, strict=True):
+        torch.testing.assert_close(
+            tensor.detach(), other, rtol=1e-8, atol=1e-10, msg=lambda text: f"{name}: {text}"
+        )
 
 
-@pytest.mark.parametrize("options", [{}, {"share_first_pass": False}, {"attached": False}, {"batchnorm": "frozen"}], ids=str)
+@pytest.mark.parametrize("attached", [True, False])
+@pytest.mark.parametrize("batchnorm", BATCHNORMS)
 @pytest.mark.parametrize("output_init", OUTPUT_INITS)
 @pytest.mark.parametrize("training", [True, False])
-def test_adaptation_leaves_the_encoder_as_it_was_to_the_last_bit(training, output_init, options):
+def test_adaptation_leaves_the_encoder_as_it_was_to_the_last_bit(
+    training, output_init, batchnorm, attached
+):
     encoder, (x_spt, _) = new_encoder().train(training), new_task()
-    # One with gradients on it, as after the first of several tasks.
     for p in encoder.parameters():
-        p.grad = torch.ones_like(p)
+        p.grad = torch.ones_like(p)  # as after an earlier outer step
     before = everything(encoder)
-    adapt(encoder, x_spt, Y_SPT, N_WAY, **inner_loop(2, output_init, **options))
+    loop = inner_loop(2, output_init, batchnorm)
+    adapt(encoder, x_spt, Y_SPT, N_WAY, loop, attached=attached)
     assert_same_bits(before, everything(encoder))
     assert all(module.training is training for module in encoder.modules())
 
 
-def test_gradients_that_lie_on_the_encoder_do_not_enter():
+def test_gradients_that_the_encoder_already_has_do_not_enter():
     encoder, (x_spt, x_qry) = new_encoder(), new_task()
-    _, expected = outer_gradient(encoder, x_spt, x_qry, **inner_loop(1))
+    _, expected = outer_gradient(encoder, x_spt, x_qry, inner_loop(1))
     for p in encoder.parameters():
         p.grad = torch.full_like(p, 3.0)
-    _, gradient = outer_gradient(encoder, x_spt, x_qry, **inner_loop(1))
+    _, gradient = outer_gradient(encoder, x_spt, x_qry, inner_loop(1))
     assert_same_bits(expected, gradient)
 
 
-@pytest.mark.parametrize("batchnorm", ["batch", "frozen"])
+@pytest.mark.parametrize("batchnorm", BATCHNORMS)
 @pytest.mark.parametrize("output_init", OUTPUT_INITS)
 def test_a_copy_that_is_used_again_gives_the_bits_of_a_fresh_one(output_init, batchnorm):
-    encoder, options = new_encoder(), inner_loop(2, output_init, batchnorm=batchnorm)
+    encoder, loop = new_encoder(), inner_loop(2, output_init, batchnorm)
     x_spt, x_qry = new_task(1)
 
-    used, weight, bias = adapt(encoder, new_task(2)[0], Y_SPT, N_WAY, **options)
-    first_order_gradients(F.linear(used.eval()(x_qry), weight, bias).sum(), encoder, used)
+    used, weight, bias = adapt(encoder, new_task(2)[0], Y_SPT, N_WAY, loop)
+    loss = F.linear(used.eval()(x_qry), weight, bias).sum()
+    first_order_gradients(loss, encoder, used)
     results = []
-    for local in (used, None):
-        local, weight, bias = adapt(encoder, x_spt, Y_SPT, N_WAY, local=local, **options)
+    for copy in (used, None):
+        local, weight, bias = adapt(encoder, x_spt, Y_SPT, N_WAY, loop, local=copy)
+        assert copy is None or local is copy
         loss = F.cross_entropy(F.linear(local(x_qry), weight, bias), Y_QRY)
         gradients = first_order_gradients(loss, encoder, local)
-        results.append({**everything(local), "weight": weight, "bias": bias, "loss": loss, **{str(number): g for number, g in enumerate(gradients)}})
+        numbered = {str(number): gradient for number, gradient in enumerate(gradients)}
+        head = {"weight": weight, "bias": bias, "loss": loss}
+        results.append({**everything(local), **head, **numbered})
         assert local.training is (batchnorm == "batch")
     assert_same_bits(*results)
 
@@ -166,30 +205,33 @@ def test_a_copy_that_is_used_again_gives_the_bits_of_a_fresh_one(output_init, ba
 def test_handing_over_sums_the_gradients_of_the_tasks():
     base = torch.nn.Linear(2, 1)
     base.weight.grad = torch.full_like(base.weight, 7.0)  # of an earlier step: it goes
-    tasks = [[torch.tensor([[1.0, 2.0]]), torch.tensor([3.0])], [torch.tensor([[10.0, 20.0]]), torch.tensor([30.0])]]
+    tasks = [
+        [torch.tensor([[1.0, 2.0]]), torch.tensor([3.0])],
+        [torch.tensor([[10.0, 20.0]]), torch.tensor([30.0])],
+    ]
     for count, weight, bias in ((1, [[1.0, 2.0]], [3.0]), (2, [[11.0, 22.0]], [33.0])):
         hand_over_gradients(base, tasks[:count])
         assert base.weight.grad.tolist() == weight and base.bias.grad.tolist() == bias
-    assert tasks[0][0].tolist() == [[1.0, 2.0]]  # what came in is not the sum
+    assert tasks[0][0].tolist() == [[1.0, 2.0]]  # the sum is not taken in place
 
 
-@pytest.mark.parametrize("share_first_pass", [True, False])
 @pytest.mark.parametrize("steps", [1, 3])
-def test_without_learning_the_adapted_model_is_a_protonet_with_batch_statistics(steps, share_first_pass):
+def test_without_learning_the_adapted_model_is_a_protonet_with_batch_statistics(steps):
     encoder, (x_spt, x_qry) = new_encoder(), new_task()
-    local, weight, bias = adapt(encoder, x_spt, Y_SPT, N_WAY, **inner_loop(steps, lr_inner=0.0, lr_output=0.0, share_first_pass=share_first_pass))
+    local, weight, bias = adapt(encoder, x_spt, Y_SPT, N_WAY, without_learning(steps))
     found = F.linear(local(x_qry), weight, bias).softmax(dim=1)
 
     plain = deepcopy(encoder).train()
     support, queries = plain(x_spt), plain(x_qry)
-    prototypes = torch.stack([support[c * K_SHOT : (c + 1) * K_SHOT].mean(dim=0) for c in range(N_WAY)])
+    of_class = [support[c * K_SHOT : (c + 1) * K_SHOT] for c in range(N_WAY)]
+    prototypes = torch.stack([shots.mean(dim=0) for shots in of_class])
     expected = (-torch.cdist(queries, prototypes).square()).softmax(dim=1)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
 def test_without_learning_the_outer_gradient_is_that_of_a_protonet():
     encoder, (x_spt, x_qry) = new_encoder(), new_task()
-    _, gradient = outer_gradient(encoder, x_spt, x_qry, **inner_loop(1, lr_inner=0.0, lr_output=0.0))
+    _, gradient = outer_gradient(encoder, x_spt, x_qry, without_learning(1))
     plain = new_encoder().train()
     prototypes = plain(x_spt).view(N_WAY, K_SHOT, DIM).mean(dim=1)
     F.cross_entropy(-torch.cdist(plain(x_qry), prototypes).square(), Y_QRY).backward()
@@ -198,18 +240,21 @@ def test_without_learning_the_outer_gradient_is_that_of_a_protonet():
 
 
 def test_the_first_step_from_a_zero_output_layer_moves_only_that_layer():
-    # With W = 0 the loss does not depend on the features; from prototypes, or a step later, it does.
+    # With W = 0 the loss does not depend on the features; from prototypes or a step later it does.
     encoder, (x_spt, _) = new_encoder(), new_task()
-    for steps, output_init, moved in ((1, "zeros", False), (2, "zeros", True), (1, "prototypes", True)):
-        local, weight, _ = adapt(encoder, x_spt, Y_SPT, N_WAY, **inner_loop(steps, output_init))
-        assert all(torch.equal(a, b) for a, b in zip(local.parameters(), encoder.parameters())) is not moved
+    cases = ((1, "zeros", False), (2, "zeros", True), (1, "prototypes", True))
+    for steps, output_init, moved in cases:
+        local, weight, _ = adapt(encoder, x_spt, Y_SPT, N_WAY, inner_loop(steps, output_init))
+        pairs = zip(local.parameters(), encoder.parameters())
+        assert all(torch.equal(a, b) for a, b in pairs) is not moved
         assert weight.abs().max() > 0
 
 
 def test_zero_initialised_output_starts_from_chance():
     encoder, (x_spt, x_qry) = new_encoder(), new_task()
-    local, weight, bias = adapt(encoder, x_spt, Y_SPT, N_WAY, **inner_loop(1, "zeros", lr_inner=0.0, lr_output=0.0))
-    assert torch.equal(F.linear(local(x_qry), weight, bias), torch.zeros(N_WAY * NUM_QUERY, N_WAY, dtype=torch.float64))
+    local, weight, bias = adapt(encoder, x_spt, Y_SPT, N_WAY, without_learning(1, "zeros"))
+    logits = F.linear(local(x_qry), weight, bias)
+    assert torch.equal(logits, torch.zeros(N_WAY * NUM_QUERY, N_WAY, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("output_init", OUTPUT_INITS)
@@ -217,70 +262,77 @@ def test_more_steps_fit_the_support_set_better(output_init):
     encoder, (x_spt, _) = new_encoder(), new_task()
     losses = []
     for steps in (1, 4, 16):
-        local, weight, bias = adapt(encoder, x_spt, Y_SPT, N_WAY, **inner_loop(steps, output_init, lr_inner=0.02, lr_output=0.02))
+        loop = InnerLoop(steps, 0.02, 0.02, output_init)
+        local, weight, bias = adapt(encoder, x_spt, Y_SPT, N_WAY, loop)
         losses.append(F.cross_entropy(F.linear(local(x_spt), weight, bias), Y_SPT).item())
     assert losses[0] > losses[1] > losses[2]
 
 
-def running_statistics(model):
-    return {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+def named_statistics(model):
+    buffers = model.named_buffers()
+    return {name: buffer.clone() for name, buffer in buffers if buffer.is_floating_point()}
 
 
-@pytest.mark.parametrize("share_first_pass", [True, False])
-def test_the_copys_running_statistics_follow_the_support_set(share_first_pass):
+def test_the_copys_running_statistics_follow_the_support_set():
     encoder, (x_spt, _) = new_encoder(), new_task()
     steps = 3
-    options = inner_loop(steps, lr_inner=0.0, lr_output=0.0, share_first_pass=share_first_pass)
-    local, _, _ = adapt(encoder, x_spt, Y_SPT, N_WAY, **options)
+    local, _, _ = adapt(encoder, x_spt, Y_SPT, N_WAY, without_learning(steps))
     plain = deepcopy(encoder).train()
     for _ in range(steps):
         plain(x_spt)
-    expected = running_statistics(plain)
-    for name, found in running_statistics(local).items():
+    before, expected = named_statistics(encoder), named_statistics(plain)
+    for name, found in named_statistics(local).items():
         torch.testing.assert_close(found, expected[name], rtol=1e-9, atol=1e-12)
-        assert not torch.allclose(found, running_statistics(encoder)[name])
+        assert not torch.allclose(found, before[name])
 
 
 def test_after_200_steps_the_copys_statistics_are_those_of_the_support_set_alone():
-    # The tutorial's test relies on it: the copy in eval mode is then the copy that was adapted.
+    # The tutorial's test relies on it: in eval mode the copy is then still what was adapted.
     encoder, (x_spt, _) = new_encoder(), new_task()
-    local, _, _ = adapt(encoder, x_spt, Y_SPT, N_WAY, **inner_loop(200, lr_inner=0.0, lr_output=0.0))
-    mean = F.conv2d(x_spt, encoder.features.conv0.weight, stride=2, padding=3).mean(dim=(0, 2, 3))
-    torch.testing.assert_close(local.features.norm0.running_mean, mean.detach(), rtol=1e-6, atol=1e-8)
+    local, _, _ = adapt(encoder, x_spt, Y_SPT, N_WAY, without_learning(200))
+    convolved = F.conv2d(x_spt, encoder.features.conv0.weight, stride=2, padding=3)
+    mean = convolved.mean(dim=(0, 2, 3)).detach()
+    torch.testing.assert_close(local.features.norm0.running_mean, mean, rtol=1e-6, atol=1e-8)
 
 
 def test_a_frozen_batchnorm_uses_and_keeps_the_encoders_statistics():
     encoder, (x_spt, x_qry) = new_encoder(), new_task()
-    local, weight, bias = adapt(encoder, x_spt, Y_SPT, N_WAY, **inner_loop(2, lr_inner=0.0, lr_output=0.0, batchnorm="frozen"))
-    assert_same_bits(running_statistics(local), running_statistics(encoder))
+    loop = without_learning(2, batchnorm="frozen")
+    local, weight, bias = adapt(encoder, x_spt, Y_SPT, N_WAY, loop)
+    assert_same_bits(named_statistics(local), named_statistics(encoder))
     plain = deepcopy(encoder).eval()
     prototypes = plain(x_spt).view(N_WAY, K_SHOT, DIM).mean(dim=1)
     expected = (-torch.cdist(plain(x_qry), prototypes).square()).softmax(dim=1)
-    torch.testing.assert_close(F.linear(local(x_qry), weight, bias).softmax(dim=1), expected, rtol=0, atol=1e-9)
+    found = F.linear(local(x_qry), weight, bias).softmax(dim=1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
 def test_a_detached_output_layer_has_the_values_of_an_attached_one():
     encoder, (x_spt, _) = new_encoder(), new_task()
-    local, weight, bias = adapt(encoder, x_spt, Y_SPT, N_WAY, **inner_loop(2))
-    local_too, weight_too, bias_too = adapt(encoder, x_spt, Y_SPT, N_WAY, **inner_loop(2, attached=False))
-    assert weight.grad_fn is not None and not weight_too.requires_grad and not bias_too.requires_grad
-    torch.testing.assert_close(weight_too, weight.detach(), rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(bias_too, bias.detach(), rtol=1e-10, atol=1e-12)
-    for found, expected in zip(local_too.parameters(), local.parameters()):
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    local, weight, bias = adapt(encoder, x_spt, Y_SPT, N_WAY, inner_loop(2))
+    test = adapt(encoder, x_spt, Y_SPT, N_WAY, inner_loop(2), attached=False)
+    assert weight.grad_fn is not None
+    assert not test[1].requires_grad and not test[2].requires_grad
+    found = [*test[0].parameters(), *test[1:]]
+    for one, other in zip(found, [*local.parameters(), weight, bias], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
 def test_the_encoders_statistics_become_the_mean_of_those_of_its_copies():
     encoder, others = new_encoder(0), [new_encoder(5), new_encoder(6), new_encoder(7)]
-    targets = [running_statistics(other) for other in others]
-    counts = [buffer.clone() for buffer in encoder.buffers() if not buffer.is_floating_point()]
-    kept = [statistics_of(other) for other in others]
+    targets = [named_statistics(other) for other in others]
+
+    def counters():
+        return [buffer.clone() for buffer in encoder.buffers() if not buffer.is_floating_point()]
+
+    before = counters()
+    kept = [running_statistics(other) for other in others]
     others[0](new_task()[0])  # a copy learns the next task before the statistics are used
     follow_statistics(encoder, kept)
-    for name, found in running_statistics(encoder).items():
+    for name, found in named_statistics(encoder).items():
         torch.testing.assert_close(found, sum(target[name] for target in targets) / 3)
     # The counters of batches are numbers of batches, not statistics.
-    assert all(torch.equal(a, b) for a, b in zip(counts, (buffer for buffer in encoder.buffers() if not buffer.is_floating_point())))
+    assert all(torch.equal(a, b) for a, b in zip(before, counters(), strict=True))
 
 
 def test_copying_weights_copies_parameters_and_buffers_into_the_same_tensors():
@@ -289,3 +341,12 @@ def test_copying_weights_copies_parameters_and_buffers_into_the_same_tensors():
     assert copy_weights(source, target) is target
     assert_same_bits(source.state_dict(), target.state_dict())
     assert [tensor.data_ptr() for tensor in target.state_dict().values()] == places
+
+
+def test_an_inner_loop_takes_its_values_from_the_fields_of_a_config():
+    class Config:
+        num_inner_steps, lr_inner, lr_output = 7, 0.3, 0.4
+        output_init, batchnorm = "zeros", "frozen"
+        lr, epochs = 1.0, 2  # of the outer loop
+
+    assert InnerLoop.of(Config()) == InnerLoop(7, 0.3, 0.4, "zeros", "frozen")

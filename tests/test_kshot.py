@@ -11,8 +11,15 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from common.config import UserError
-from common.encoder import make_encoder
-from common.kshot import adapted_accuracies, nearest_prototype_accuracies, spread_evenly, summarize, support_sets
+from common.encoder import Encoder
+from common.inner_loop import OUTPUT_INITS, InnerLoop
+from common.kshot import (
+    adapted_accuracies,
+    nearest_prototype_accuracies,
+    spread_evenly,
+    summarize,
+    support_sets,
+)
 
 NAMES = [f"class {c}" for c in range(20)]
 
@@ -45,7 +52,10 @@ def accuracies_by_hand(features, labels, k_shot):
         prototypes = [features[rows].mean(axis=0) for rows in chunk]
         support = {row for rows in chunk for row in rows}
         right = [
-            int(np.argmin([((features[row] - prototype) ** 2).sum() for prototype in prototypes]) == labels[row])
+            int(
+                np.argmin([((features[row] - prototype) ** 2).sum() for prototype in prototypes])
+                == labels[row]
+            )
             for row in range(len(labels))
             if row not in support
         ]
@@ -53,7 +63,10 @@ def accuracies_by_hand(features, labels, k_shot):
     return results
 
 
-@pytest.mark.parametrize("sizes, k_shot", [([12, 12, 12], 4), ([13, 13, 13, 13], 4), ([11, 30, 17], 3), ([9, 9], 8), ([5, 5, 5], 1)])
+@pytest.mark.parametrize(
+    "sizes, k_shot",
+    [([12, 12, 12], 4), ([13, 13, 13, 13], 4), ([11, 30, 17], 3), ([9, 9], 8), ([5, 5, 5], 1)],
+)
 def test_support_sets_are_the_full_chunks_of_every_class_in_order(sizes, k_shot):
     labels = labels_of(sizes)
     expected = [[row for rows in chunk for row in rows] for chunk in chunks_by_hand(labels, k_shot)]
@@ -64,11 +77,16 @@ def test_support_sets_are_the_full_chunks_of_every_class_in_order(sizes, k_shot)
 
 def test_600_images_per_class_give_the_tutorials_numbers_of_support_sets():
     labels = labels_of([600] * 10)
-    assert [len(support_sets(labels, k, NAMES[:10])) for k in (2, 4, 8, 16, 32)] == [300, 150, 75, 37, 18]
+    counts = [len(support_sets(labels, k, NAMES[:10])) for k in (2, 4, 8, 16, 32)]
+    assert counts == [300, 150, 75, 37, 18]
 
 
 @settings(max_examples=30)
-@given(sizes=st.lists(st.integers(6, 15), min_size=2, max_size=5), k_shot=st.integers(1, 5), seed=st.integers(0, 1000))
+@given(
+    sizes=st.lists(st.integers(6, 15), min_size=2, max_size=5),
+    k_shot=st.integers(1, 5),
+    seed=st.integers(0, 1000),
+)
 def test_accuracies_equal_a_double_loop_over_sets_and_images(sizes, k_shot, seed):
     labels = labels_of(sizes, seed)
     features = features_of(labels, seed=seed)
@@ -79,7 +97,7 @@ def test_accuracies_equal_a_double_loop_over_sets_and_images(sizes, k_shot, seed
 
 
 def test_queries_are_all_other_images_also_those_that_fill_no_chunk():
-    # Two classes on a line; the last image of the second, in no support set, is the only one that is wrong.
+    # Two classes on a line; only the last image of the second, in no support set, is wrong.
     labels = torch.tensor([0] * 5 + [1] * 5)
     features = torch.tensor([[0.0]] * 5 + [[1.0]] * 4 + [[0.1]])
     sets = support_sets(labels, 2, NAMES[:2])
@@ -97,7 +115,7 @@ def test_the_support_images_themselves_do_not_count():
 
 def small_encoder():
     torch.manual_seed(0)
-    encoder = make_encoder(8, growth_rate=4, block_config=(2, 2, 2, 2), num_init_features=8).double()
+    encoder = Encoder(8, growth_rate=4, block_config=(2, 2, 2, 2), num_init_features=8).double()
     for _ in range(3):
         encoder(torch.randn(10, 3, 32, 32, dtype=torch.float64))
     return encoder.eval()
@@ -106,47 +124,109 @@ def small_encoder():
 def images_of(labels, seed=0):
     """Noise around a pattern for each class."""
     generator = torch.Generator().manual_seed(seed)
-    patterns = torch.randn(int(labels.max()) + 1, 3, 32, 32, generator=generator, dtype=torch.float64)
-    return patterns[labels] + 2 * torch.randn(len(labels), 3, 32, 32, generator=generator, dtype=torch.float64)
+
+    def draw(count):
+        return torch.randn(count, 3, 32, 32, generator=generator, dtype=torch.float64)
+
+    return draw(int(labels.max()) + 1)[labels] + 2 * draw(len(labels))
 
 
-INNER_LOOP = {"num_inner_steps": 3, "lr_inner": 0.05, "lr_output": 0.02, "output_init": "prototypes"}
+INNER_LOOP = InnerLoop(num_inner_steps=3, lr_inner=0.05, lr_output=0.02)
+
+
+def adapted_by_hand(encoder, images, labels, rows, n_way, output_init, mirror):
+    """The model after 3 steps on one support set, by a loop over torch's SGD."""
+    x_spt, y_spt = images[rows], labels[rows]
+    if mirror:
+        x_spt, y_spt = torch.cat([x_spt, x_spt.flip(3)]), torch.cat([y_spt, y_spt])
+    model = deepcopy(encoder).train()
+    head = torch.nn.Linear(8, n_way).double()
+    with torch.no_grad():
+        features = deepcopy(model)(x_spt)
+        v = torch.stack([features[y_spt == c].mean(dim=0) for c in range(n_way)])
+        head.weight.copy_(2 * v if output_init == "prototypes" else 0 * v)
+        head.bias.copy_(-v.square().sum(dim=1) if output_init == "prototypes" else 0 * v[:, 0])
+    of_encoder = {"params": model.parameters(), "lr": INNER_LOOP.lr_inner}
+    of_head = {"params": head.parameters(), "lr": INNER_LOOP.lr_output}
+    optimizer = torch.optim.SGD([of_encoder, of_head])
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(head(model(x_spt)), y_spt).backward()
+        optimizer.step()
+    return torch.nn.Sequential(model, head).eval()
 
 
 @pytest.mark.parametrize("mirror", [True, False])
-@pytest.mark.parametrize("captured", [True, False])  # True: the code path of a GPU, with nothing recorded
-@pytest.mark.parametrize("output_init", ["prototypes", "zeros"])
+@pytest.mark.parametrize("in_graph", [True, False])  # True: a GPU's code path, nothing recorded
+@pytest.mark.parametrize("output_init", OUTPUT_INITS)
 @pytest.mark.parametrize("sizes, k_shot", [([7, 7, 7], 3), ([4, 6, 5], 1), ([4, 6, 5], 2)])
-def test_adapted_accuracies_equal_adaptation_by_hand_of_one_set_after_another(sizes, k_shot, output_init, captured, mirror):
-    labels, encoder = labels_of(sizes), small_encoder()
-    images = images_of(labels)
-    options = {**INNER_LOOP, "output_init": output_init}
-    sets = support_sets(labels, k_shot, NAMES[: len(sizes)])
-    found = adapted_accuracies(encoder, images, labels, sets, len(sizes), options, captured=captured, mirror=mirror)
+def test_adapted_accuracies_equal_adaptation_by_hand_of_one_set_after_another(
+    sizes, k_shot, output_init, in_graph, mirror
+):
+    labels, encoder, n_way = labels_of(sizes), small_encoder(), len(sizes)
+    images, sets = images_of(labels), support_sets(labels, k_shot, NAMES[:n_way])
+    loop = InnerLoop(3, INNER_LOOP.lr_inner, INNER_LOOP.lr_output, output_init)
+    found = adapted_accuracies(
+        encoder, images, labels, sets, n_way, loop, mirror=mirror, in_graph=in_graph
+    )
 
     expected = []
     for chunk in chunks_by_hand(labels, k_shot):
         rows = [row for of_class in chunk for row in of_class]
-        x_spt, y_spt = images[rows], labels[rows]
-        if mirror:
-            x_spt, y_spt = torch.cat([x_spt, x_spt.flip(3)]), torch.cat([y_spt, y_spt])
-        model = deepcopy(encoder).train()
-        with torch.no_grad():
-            v = torch.stack([deepcopy(model)(x_spt)[y_spt == c].mean(dim=0) for c in range(len(sizes))])
-        head = torch.nn.Linear(8, len(sizes)).double()
-        with torch.no_grad():
-            head.weight.copy_(2 * v if output_init == "prototypes" else 0 * v)
-            head.bias.copy_(-v.square().sum(dim=1) if output_init == "prototypes" else 0 * v.sum(dim=1))
-        optimizer = torch.optim.SGD([{"params": model.parameters(), "lr": 0.05}, {"params": head.parameters(), "lr": 0.02}])
-        for _ in range(3):
-            optimizer.zero_grad()
-            F.cross_entropy(head(model(x_spt)), y_spt).backward()
-            optimizer.step()
-        model.eval()
-        queries = [row for row in range(len(labels)) if row not in rows]
+        model = adapted_by_hand(encoder, images, labels, rows, n_way, output_init, mirror)
         views = [images, images.flip(3)] if mirror else [images]
-        right = [int(sum(head(model(view[row : row + 1])) for view in views).argmax() == labels[row]) for row in queries]
+        right = [
+            int(sum(model(view[row : row + 1]) for view in views).argmax() == labels[row])
+            for row in range(len(labels))
+            if row not in rows
+        ]
         expected.append(sum(right) / len(right))
+    assert found.tolist() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("batchnorm", ["batch", "frozen"])
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_the_steps_of_a_graph_give_the_accuracies_of_plain_ones(steps, batchnorm):
+    labels, encoder = labels_of([13, 13, 13]), small_encoder()
+    images, sets = images_of(labels), support_sets(labels, 2, NAMES[:3])
+    loop = InnerLoop(steps, 0.05, 0.02, batchnorm=batchnorm)
+    plain, in_graph = (
+        adapted_accuracies(encoder, images, labels, sets, 3, loop, in_graph=way)
+        for way in (False, True)
+    )
+    assert len(plain) == 6 and len(plain.unique()) > 1
+    assert torch.equal(plain, in_graph)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_recorded_graph_gives_the_accuracies_of_plain_steps():
+    device = torch.device("cuda")
+    labels = torch.arange(3).repeat_interleave(40)
+    images, labels = images_of(labels).to(device), labels.to(device)
+    sets, encoder = support_sets(labels, 4, NAMES[:3]), small_encoder().to(device)
+    loop = InnerLoop(num_inner_steps=10, lr_inner=0.02, lr_output=0.02)
+    plain, in_graph = (
+        adapted_accuracies(encoder, images, labels, sets, 3, loop, in_graph=way)
+        for way in (False, True)
+    )
+    assert (plain - in_graph).abs().mean() < 0.001
+
+
+@pytest.mark.parametrize("mirror", [True, False])
+def test_the_queries_may_fill_many_batches(mirror):
+    labels, encoder = labels_of([260, 261]), small_encoder()
+    images, sets = images_of(labels), support_sets(labels, 2, NAMES[:2], max_sets=2)
+    found = adapted_accuracies(encoder, images, labels, sets, 2, INNER_LOOP, mirror=mirror)
+    expected = []
+    for support in sets:
+        rows = support.tolist()
+        model = adapted_by_hand(encoder, images, labels, rows, 2, "prototypes", mirror)
+        views = [images, images.flip(3)] if mirror else [images]
+        with torch.no_grad():
+            logits = [sum(model(view[i : i + 37]) for view in views) for i in range(0, 521, 37)]
+        queries = [row for row in range(521) if row not in rows]
+        right = (torch.cat(logits).argmax(dim=1) == labels)[queries]
+        expected.append(right.double().mean().item())
     assert found.tolist() == pytest.approx(expected, abs=1e-12)
 
 
@@ -169,17 +249,11 @@ def test_the_order_of_the_support_sets_changes_no_result_by_a_bit():
 def test_a_test_leaves_the_encoder_as_it_was_to_the_last_bit():
     labels, encoder = labels_of([6, 6]), small_encoder()
     before = deepcopy(encoder.state_dict())
-    adapted_accuracies(encoder, images_of(labels), labels, support_sets(labels, 2, NAMES[:2]), 2, INNER_LOOP)
+    sets = support_sets(labels, 2, NAMES[:2])
+    adapted_accuracies(encoder, images_of(labels), labels, sets, 2, INNER_LOOP)
     assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
     assert all(parameter.grad is None for parameter in encoder.parameters())
     assert not any(module.training for module in encoder.modules())
-
-
-def test_the_size_of_the_query_batches_does_not_matter():
-    labels, encoder = labels_of([6, 6]), small_encoder()
-    images, sets = images_of(labels), support_sets(labels, 2, NAMES[:2])
-    results = [adapted_accuracies(encoder, images, labels, sets, 2, INNER_LOOP, batch_size=size).tolist() for size in (1, 5, 100)]
-    assert results[0] == results[1] == results[2]
 
 
 def test_progress_sees_every_support_set_once():
@@ -224,7 +298,8 @@ def test_a_class_without_an_image_left_to_ask_is_named_with_both_numbers():
     labels = labels_of([20, 8, 20])
     with pytest.raises(UserError) as caught:
         support_sets(labels, 8, ["apple", "beaver", "crab"])
-    assert "'beaver'" in str(caught.value) and "k = 8" in str(caught.value) and "found 8" in str(caught.value) and "--k_shots" in str(caught.value)
+    for part in ("'beaver'", "k = 8", "found 8", "--k_shots"):
+        assert part in str(caught.value)
     assert len(support_sets(labels, 7, ["apple", "beaver", "crab"])) == 1
 
 
@@ -239,12 +314,14 @@ def test_the_summary_equals_scipys(accuracies):
     assert mean == pytest.approx(np.mean(accuracies), abs=1e-12)
     assert std == pytest.approx(np.std(accuracies, ddof=1), abs=1e-9)
     if std > 1e-6:
-        low, high = stats.t.interval(0.95, len(accuracies) - 1, loc=np.mean(accuracies), scale=stats.sem(accuracies))
+        low, high = stats.t.interval(
+            0.95, len(accuracies) - 1, loc=np.mean(accuracies), scale=stats.sem(accuracies)
+        )
         assert ci95 == pytest.approx((high - low) / 2, rel=1e-6)
 
 
 def test_the_summary_of_a_known_sample():
-    # Mean 0.5, standard deviation 0.1; t(0.975, 2) = 4.302653 from a printed table, over the root of 3.
+    # Mean 0.5, standard deviation 0.1; t(0.975, 2) = 4.302653 from a printed table.
     mean, std, ci95 = summarize(torch.tensor([0.4, 0.5, 0.6], dtype=torch.float64))
     assert (mean, std) == (pytest.approx(0.5), pytest.approx(0.1))
     assert ci95 == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-6)

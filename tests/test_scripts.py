@@ -1,6 +1,7 @@
-"""The three real scripts, end to end, as processes of their own with tiny budgets on small glyphs."""
+"""The four real scripts, end to end, as their own processes with tiny budgets on small glyphs."""
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -9,14 +10,17 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import stress
 import torch
 from PIL import Image
 
 import evaluate
-import stress
+import train_classifier
 import train_protomaml
 import train_protonet
 from common.config import parse_config
@@ -25,30 +29,43 @@ from common.data import load_dataset
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(evaluate.__file__).parent
-SMALL_EPISODES = ["--n_way=2", "--k_shot=2", "--n_query=2", "--epochs=2", "--steps_per_epoch=4", "--device=cpu"]
+SMALL_EPISODES = (
+    "--n_way=2 --k_shot=2 --n_query=2 --epochs=2 --steps_per_epoch=4 --device=cpu".split()
+)
+SMALL_BATCH = ["--batch_size=16"]
 SMALL_TASKS = ["--tasks_per_step=2", "--val_episodes=3"]
-SMALL_TEST = ["--dataset=glyphs", "--k_shots=2,5", "--num_inner_steps=3", "--max_support_sets=3", "--device=cpu"]
+SMALL_TEST = "--dataset=glyphs --k_shots=2,5 --num_inner_steps=3 --max_support_sets=3 --device=cpu"
+SMALL_TEST = SMALL_TEST.split()
+TRAINING = {  # model: script and options
+    "classifier": ["train_classifier.py", *SMALL_EPISODES, *SMALL_BATCH],
+    "protonet": ["train_protonet.py", *SMALL_EPISODES],
+    "protomaml": ["train_protomaml.py", *SMALL_EPISODES, *SMALL_TASKS],
+    "maml": ["train_protomaml.py", *SMALL_EPISODES, *SMALL_TASKS, "--output_init=zeros"],
+}
+MODELS = list(TRAINING)
 
 
 def run_script(script, *arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def in_process(module, *arguments):
     return module.main(parse_config(module.Config, list(map(str, arguments))))
 
 
+def glyphs(glyph_dir, checkpoint_dir):
+    return ["--dataset=glyphs", f"--data_dir={glyph_dir}", f"--checkpoint_dir={checkpoint_dir}"]
+
+
 @pytest.fixture(scope="module")
 def trained(glyph_dir, tmp_path_factory):
-    """Train all three models; return (checkpoint_dir, {model: finished process})."""
+    """Train all four models; return (checkpoint_dir, {model: finished process})."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    where = ["--dataset=glyphs", f"--data_dir={glyph_dir}", f"--checkpoint_dir={folder}"]
-    processes = {
-        "protonet": run_script("train_protonet.py", *where, *SMALL_EPISODES),
-        "protomaml": run_script("train_protomaml.py", *where, *SMALL_EPISODES, *SMALL_TASKS),
-        "maml": run_script("train_protomaml.py", *where, *SMALL_EPISODES, *SMALL_TASKS, "--output_init=zeros"),
-    }
+    with ThreadPoolExecutor(2) as pool:
+        commands = [[*command, *glyphs(glyph_dir, folder)] for command in TRAINING.values()]
+        processes = dict(zip(TRAINING, pool.map(lambda command: run_script(*command), commands)))
     for process in processes.values():
         assert process.returncode == 0, process.stderr
     return folder, processes
@@ -56,11 +73,29 @@ def trained(glyph_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tested(trained, glyph_dir, tmp_path_factory):
-    """Test all three models; return (results_dir, finished process)."""
+    """Test all four models; return (results_dir, finished process)."""
     folder = tmp_path_factory.mktemp("results")
-    process = run_script("evaluate.py", *SMALL_TEST, f"--data_dir={glyph_dir}", f"--checkpoint_dir={trained[0]}", f"--results_dir={folder}")
+    where = [*glyphs(glyph_dir, trained[0]), f"--results_dir={folder}"]
+    process = run_script("evaluate.py", *SMALL_TEST, *where)
     assert process.returncode == 0, process.stderr
     return folder, process
+
+
+@pytest.fixture
+def evaluate_small(trained, glyph_dir, capsys):
+    """Return a function (results_dir, *options) -> what the small test prints, in this process."""
+
+    def evaluate_in_process(results_dir, *options, code=0):
+        where = [*glyphs(glyph_dir, trained[0]), f"--results_dir={results_dir}"]
+        assert in_process(evaluate, *SMALL_TEST, *where, *options) == code
+        return capsys.readouterr().out
+
+    return evaluate_in_process
+
+
+def only(model, trained):
+    """Return the option that makes a test leave out the other models."""
+    return f"--{model}={trained[0] / 'glyphs' / model}.pt"
 
 
 def rows_of(folder):
@@ -75,7 +110,7 @@ def copied(tested, tmp_path):
 # Training
 
 
-@pytest.mark.parametrize("model", ["protonet", "protomaml", "maml"])
+@pytest.mark.parametrize("model", MODELS)
 def test_training_writes_checkpoints_curves_and_a_csv(model, trained):
     folder = trained[0] / "glyphs"
     for name in (f"{model}.pt", f"{model}_last.pt"):
@@ -83,33 +118,37 @@ def test_training_writes_checkpoints_curves_and_a_csv(model, trained):
     with open(folder / f"{model}.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["1", "2"]
-    assert all(0 <= float(row["val_accuracy"]) <= 1 and math.isfinite(float(row["train_loss"])) for row in rows)
+    assert all(0 <= float(row["val_accuracy"]) <= 1 for row in rows)
+    assert all(math.isfinite(float(row["train_loss"])) for row in rows)
     Image.open(folder / f"{model}_curves.png").load()
     assert (folder / f"{model}_curves.svg").read_text().endswith("</svg>\n")
 
 
-@pytest.mark.parametrize("model", ["protonet", "protomaml", "maml"])
+@pytest.mark.parametrize("model", MODELS)
 def test_training_prints_changed_values_one_line_per_epoch_and_the_next_command(model, trained):
     printed = trained[1][model].stdout
-    assert "config: n_way = 2 (default 5)" in printed
+    assert f"config: n_way = 2 (default {10 if model == 'classifier' else 5})" in printed
     assert "config: seed" not in printed
     assert len(re.findall(r"^epoch \d/2 \|", printed, re.MULTILINE)) == 2
     assert "python evaluate.py --dataset=glyphs" in printed
     assert "Traceback" not in trained[1][model].stderr
 
 
-@pytest.mark.parametrize(("module", "model", "more"), [(train_protonet, "protonet", []), (train_protomaml, "protomaml", SMALL_TASKS)], ids=["protonet", "protomaml"])
-def test_two_runs_with_one_seed_give_identical_weights(module, model, more, trained, glyph_dir, tmp_path):
+@pytest.mark.parametrize("model", ["classifier", "protonet", "protomaml"])
+def test_two_runs_with_one_seed_give_identical_weights(model, trained, glyph_dir, tmp_path):
     # The first run was a process, the second is a call of main(cfg).
-    in_process(module, "--dataset=glyphs", f"--data_dir={glyph_dir}", f"--checkpoint_dir={tmp_path}", *SMALL_EPISODES, *more)
+    scripts = [train_classifier, train_protonet, train_protomaml]
+    module = {f"{script.__name__}.py": script for script in scripts}[TRAINING[model][0]]
+    in_process(module, *TRAINING[model][1:], *glyphs(glyph_dir, tmp_path))
     for name in (f"{model}.pt", f"{model}_last.pt"):
         assert stress.same_file(trained[0] / "glyphs" / name, tmp_path / "glyphs" / name)
 
 
 def test_another_seed_gives_other_weights(trained, glyph_dir, tmp_path):
-    in_process(train_protonet, "--dataset=glyphs", f"--data_dir={glyph_dir}", f"--checkpoint_dir={tmp_path}", *SMALL_EPISODES, "--seed=1")
-    first, second = (torch.load(folder / "glyphs" / "protonet_last.pt")["state_dict"] for folder in (trained[0], tmp_path))
-    assert not torch.equal(first["classifier.weight"], second["classifier.weight"])
+    in_process(train_protonet, *SMALL_EPISODES, *glyphs(glyph_dir, tmp_path), "--seed=1")
+    files = [folder / "glyphs" / "protonet_last.pt" for folder in (trained[0], tmp_path)]
+    first, second = (torch.load(file)["state_dict"]["classifier.weight"] for file in files)
+    assert not torch.equal(first, second)
 
 
 # Evaluation
@@ -117,19 +156,21 @@ def test_another_seed_gives_other_weights(trained, glyph_dir, tmp_path):
 
 def test_the_results_hold_one_object_per_model_data_set_and_k(tested):
     rows = rows_of(tested[0])
-    wanted = {(model, data, k) for model in ("protonet", "protomaml", "maml", "pixels") for data in ("glyphs", "glyph_digits") for k in (2, 5)}
+    wanted = set(itertools.product([*MODELS, "pixels"], ["glyphs", "glyph_digits"], [2, 5]))
     assert {(row["model"], row["dataset"], row["k_shot"]) for row in rows} == wanted
     assert len(rows) == len(wanted)
     for row in rows:
         assert 0 <= row["accuracy"] <= 1 and row["std"] >= 0 and row["ci95"] >= 0
         # 24 images of each class; adaptation is capped at three support sets.
-        assert row["num_support_sets"] == (24 // row["k_shot"] if row["model"] in ("protonet", "pixels") else 3)
+        sets = 3 if row["model"] in ("protomaml", "maml") else 24 // row["k_shot"]
+        assert row["num_support_sets"] == sets
 
 
 def test_the_accuracy_of_two_classes_lies_on_the_grid_of_their_queries(tested):
     for row in rows_of(tested[0]):
         num_classes = {"glyphs": 2, "glyph_digits": 10}[row["dataset"]]
-        correct = row["accuracy"] * row["num_support_sets"] * num_classes * (24 - row["k_shot"])
+        queries = row["num_support_sets"] * num_classes * (24 - row["k_shot"])
+        correct = row["accuracy"] * queries
         assert correct == pytest.approx(round(correct), abs=1e-6)
 
 
@@ -137,85 +178,106 @@ def test_table_csv_markdown_and_json_agree(tested):
     folder, process = tested
     rows = rows_of(folder)
     with open(folder / "accuracy.csv", newline="") as file:
-        assert [float(line["accuracy"]) for line in csv.DictReader(file)] == [row["accuracy"] for row in rows]
+        found = [float(line["accuracy"]) for line in csv.DictReader(file)]
+    assert found == [row["accuracy"] for row in rows]
     markdown = (folder / "accuracy.md").read_text()
     for row in rows:
         percent = f"{100 * row['accuracy']:.2f}"
         assert percent in markdown and percent in process.stdout
-    for name in ("ProtoNet", "ProtoMAML", "MAML"):
+    for name in ("Classifier", "ProtoNet", "ProtoMAML", "MAML", "Pixels"):
         assert re.search(rf"^{name} +glyphs +2 ", process.stdout, re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", ["examples_glyphs", "examples_glyph_digits", "few_shot_batch", "protonet_glyphs", "models_glyphs", "models_glyph_digits"])
+FIGURES = (
+    "examples_glyphs examples_glyph_digits few_shot_batch protonet_glyphs models_glyphs".split()
+)
+
+
+@pytest.mark.parametrize("name", [*FIGURES, "models_glyph_digits"])
 def test_every_figure_is_there_as_png_and_svg(name, tested):
     assert min(Image.open(tested[0] / f"{name}.png").size) > 100
     assert (tested[0] / f"{name}.svg").read_text().endswith("</svg>\n")
 
 
-def test_a_second_run_reuses_every_result_and_says_so(tested, trained, glyph_dir, tmp_path, capsys):
+def test_a_second_run_reuses_every_result_and_says_so(tested, evaluate_small, tmp_path):
     folder = copied(tested, tmp_path)
     before = (folder / "accuracy.json").read_bytes()
     (folder / "accuracy.json").unlink()
-    in_process(evaluate, *SMALL_TEST, f"--data_dir={glyph_dir}", f"--checkpoint_dir={trained[0]}", f"--results_dir={folder}")
-    assert capsys.readouterr().out.count("reused") == 16
+    printed = evaluate_small(folder)
+    assert printed.count("reused") == 20 and "adaptations" not in printed
     assert (folder / "accuracy.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(
     ("option", "reused"),
-    # Nearest prototypes know no such setting, so the results of ProtoNet and of pixels stay; all four models keep those of k = 2.
-    # Mirror images change all but pixels.
-    [("--max_support_sets=2", 4), ("--num_inner_steps=2", 4), ("--lr_inner=0.05", 4), ("--k_shots=2,3", 4), ("--mirror=true", 2)],
+    [
+        # Nearest prototypes know no such setting: classifier, ProtoNet and pixels keep both k.
+        ("--max_support_sets=2", 6),
+        ("--num_inner_steps=2", 6),
+        ("--lr_inner=0.05", 6),
+        ("--k_shots=2,3", 5),  # k = 2 of each
+        ("--mirror=true", 2),  # pixels
+    ],
 )
-def test_results_of_other_settings_are_not_reused(option, reused, tested, trained, glyph_dir, tmp_path, capsys):
+def test_results_of_other_settings_are_not_reused(option, reused, tested, evaluate_small, tmp_path):
     folder = copied(tested, tmp_path)
-    in_process(evaluate, *SMALL_TEST, "--domains=", option, f"--data_dir={glyph_dir}", f"--checkpoint_dir={trained[0]}", f"--results_dir={folder}")
-    assert capsys.readouterr().out.count("reused") == reused
+    assert evaluate_small(folder, "--domains=", option).count("reused") == reused
     if option.startswith("--max"):
-        assert {row["num_support_sets"] for row in rows_of(folder) if "maml" in row["model"]} == {2}
+        adapted = [row for row in rows_of(folder) if row["model"] in ("maml", "protomaml")]
+        assert {row["num_support_sets"] for row in adapted} == {2}
     if option.startswith("--mirror"):
-        names = {line.split(" | ")[0] for line in (folder / "accuracy.md").read_text().splitlines() if " glyphs " in line}
-        assert names == {"| pixels", "| ProtoNet, mirrored", "| ProtoMAML, mirrored", "| MAML, mirrored"}
+        lines = (folder / "accuracy.md").read_text().splitlines()
+        names = {line.strip("| ").split(" | ")[0] for line in lines if " glyphs " in line}
+        mirrored = {f"{name}, mirrored" for name in ("Classifier", "ProtoNet", "ProtoMAML", "MAML")}
+        assert names == {"Pixels", *mirrored}
 
 
-def test_unseen_domains_may_have_an_inner_loop_of_their_own(tested, trained, glyph_dir, tmp_path, capsys):
+def test_unseen_domains_may_have_an_inner_loop_of_their_own(tested, evaluate_small, tmp_path):
     folder = copied(tested, tmp_path)
-    options = ["--domain_num_inner_steps=2", "--domain_lr_inner=0.01,0.02", "--domain_lr_output=0.03"]
-    in_process(evaluate, *SMALL_TEST, *options, f"--data_dir={glyph_dir}", f"--checkpoint_dir={trained[0]}", f"--results_dir={folder}")
-    assert capsys.readouterr().out.count("reused") == 12  # all but those of ProtoMAML and MAML on the domain
-    found = {(row["dataset"], row["k_shot"]): row["settings"] for row in rows_of(folder) if row["model"] == "protomaml"}
+    options = "--domain_num_inner_steps=2 --domain_lr_inner=0.01,0.02 --domain_lr_output=0.03"
+    # All but the results of ProtoMAML and MAML on the domain.
+    assert evaluate_small(folder, *options.split()).count("reused") == 16
     names = ("num_inner_steps", "lr_inner", "lr_output")
-    assert [[settings[name] for name in names] for settings in found.values()] == [[3, 0.1, 0.1], [3, 0.1, 0.1], [2, 0.01, 0.03], [2, 0.02, 0.03]]
+    found = {
+        (row["dataset"], row["k_shot"]): [row["settings"][name] for name in names]
+        for row in rows_of(folder)
+        if row["model"] == "protomaml"
+    }
+    assert found == {
+        ("glyphs", 2): [3, 0.1, 0.1],
+        ("glyphs", 5): [3, 0.1, 0.1],
+        ("glyph_digits", 2): [2, 0.01, 0.03],
+        ("glyph_digits", 5): [2, 0.02, 0.03],
+    }
 
 
-def test_results_of_other_weights_are_not_reused(tested, trained, glyph_dir, tmp_path, capsys):
+def test_results_of_other_weights_are_not_reused(tested, trained, evaluate_small, tmp_path):
     folder = copied(tested, tmp_path)
-    checkpoints = shutil.copytree(trained[0], tmp_path / "checkpoints")
-    contents = torch.load(checkpoints / "glyphs" / "protonet.pt")
+    contents = torch.load(trained[0] / "glyphs" / "protonet.pt")
     contents["state_dict"]["classifier.bias"] += 1
-    torch.save(contents, checkpoints / "glyphs" / "protonet.pt")
-    in_process(evaluate, *SMALL_TEST, "--domains=", f"--protonet={checkpoints / 'glyphs' / 'protonet.pt'}", f"--data_dir={glyph_dir}", f"--results_dir={folder}")
-    printed = capsys.readouterr().out
+    torch.save(contents, tmp_path / "other.pt")
+    printed = evaluate_small(folder, "--domains=", f"--protonet={tmp_path / 'other.pt'}")
     assert "protonet on glyphs, k = 2: reused" not in printed
     assert "pixels on glyphs, k = 2: reused" in printed  # no weights in it
 
 
-def test_a_test_leaves_the_checkpoints_as_they_were(trained, glyph_dir, tmp_path):
+def test_a_test_leaves_the_checkpoints_as_they_were(trained, evaluate_small, tmp_path):
     folder = trained[0] / "glyphs"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    in_process(evaluate, *SMALL_TEST, "--domains=", "--k_shots=2", f"--data_dir={glyph_dir}", f"--checkpoint_dir={trained[0]}", f"--results_dir={tmp_path}")
+    evaluate_small(tmp_path, "--domains=", "--k_shots=2")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_a_single_support_set_has_no_deviation(trained, glyph_dir, tmp_path):
-    arguments = [*SMALL_TEST, "--domains=", "--k_shots=13", f"--protonet={trained[0] / 'glyphs' / 'protonet.pt'}"]
-    in_process(evaluate, *arguments, f"--data_dir={glyph_dir}", f"--results_dir={tmp_path}")
-    assert [(row["std"], row["ci95"], row["num_support_sets"]) for row in rows_of(tmp_path)] == [(None, None, 1)] * 2
+def test_a_single_support_set_has_no_deviation(trained, evaluate_small, tmp_path):
+    evaluate_small(tmp_path, "--domains=", "--k_shots=13", only("protonet", trained))
+    found = [(row["std"], row["ci95"], row["num_support_sets"]) for row in rows_of(tmp_path)]
+    assert found == [(None, None, 1)] * 2
 
 
 def test_a_missing_domain_is_named_and_the_rest_is_tested(trained, glyph_dir, tmp_path):
-    arguments = [*SMALL_TEST, "--domains=nowhere,glyph_digits", f"--protonet={trained[0] / 'glyphs' / 'protonet.pt'}"]
-    process = run_script("evaluate.py", *arguments, f"--data_dir={glyph_dir}", f"--results_dir={tmp_path}")
+    options = ["--domains=nowhere,glyph_digits", only("protonet", trained)]
+    where = [f"--data_dir={glyph_dir}", f"--results_dir={tmp_path}"]
+    process = run_script("evaluate.py", *SMALL_TEST, *options, *where)
     assert process.returncode == 1
     assert re.search(r"^nowhere: not tested\. .*nowhere\.npz", process.stdout, re.MULTILINE)
     assert "nowhere: not tested" in (tmp_path / "accuracy.md").read_text()
@@ -223,58 +285,95 @@ def test_a_missing_domain_is_named_and_the_rest_is_tested(trained, glyph_dir, tm
     assert "Traceback" not in process.stderr
 
 
-def test_a_domain_that_needs_a_missing_network_is_named(trained, glyph_dir, tmp_path, no_network, capsys):
-    arguments = [*SMALL_TEST, "--domains=mnist", f"--protonet={trained[0] / 'glyphs' / 'protonet.pt'}"]
+def test_a_domain_that_needs_a_missing_network_is_named(
+    trained, evaluate_small, glyph_dir, tmp_path, no_network
+):
     data_dir = shutil.copytree(glyph_dir, tmp_path / "data")
-    assert in_process(evaluate, *arguments, f"--data_dir={data_dir}", f"--results_dir={tmp_path}") == 1
-    assert re.search(r"^mnist: not tested\. .*mnist\.npz is missing", capsys.readouterr().out, re.MULTILINE)
+    options = [only("protonet", trained), "--domains=mnist", f"--data_dir={data_dir}"]
+    printed = evaluate_small(tmp_path, *options, code=1)
+    assert re.search(r"^mnist: not tested\. .*mnist\.npz is missing", printed, re.MULTILINE)
+
+
+# How long a test takes
+
+
+def test_a_test_says_how_many_adaptations_it_makes_of_how_many_steps(tested):
+    lines = [line for line in tested[1].stdout.splitlines() if "adaptations" in line]
+    assert lines == [
+        f"{model} on {data}: 6 adaptations of 3 steps"
+        for data in ("glyphs", "glyph_digits")
+        for model in ("maml", "protomaml")
+    ]
+
+
+def test_only_the_adaptations_still_to_make_are_counted(tested, trained, evaluate_small, tmp_path):
+    options = ["--domains=", "--k_shots=5,6,8", "--num_inner_steps=3,2,3"]
+    printed = evaluate_small(copied(tested, tmp_path), *options, only("protomaml", trained))
+    assert "protomaml on glyphs: 6 adaptations of 2, 3 steps\n" in printed
+
+
+@pytest.mark.parametrize(("seconds", "minutes"), [(120, 16), (1, None)])
+def test_a_long_test_estimates_its_minutes_once_and_names_what_shortens_it(
+    seconds, minutes, trained, evaluate_small, tmp_path, monkeypatch
+):
+    # A clock that goes on by so many seconds whenever someone looks at it.
+    clock = itertools.count(step=seconds)
+    monkeypatch.setattr(evaluate, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    printed = evaluate_small(tmp_path, "--domains=", only("protomaml", trained))
+    # Of 2 classes: 3 steps * 3 passes * 2 k images + 48 queries are 84 passes at k = 2 and 138 at
+    # k = 5. The first of 3 + 3 adaptations took 120 s: 2 min / 84 * (3 * 84 + 3 * 138) = 15.9 min.
+    found = [line for line in printed.splitlines() if "minutes" in line]
+    assert found == [
+        f"protomaml on glyphs: about {each} minutes in all; fewer with --recipe=quick, "
+        "--max_support_sets=N or --num_inner_steps=N"
+        for each in [minutes]
+        if each
+    ]
+
+
+def test_an_interrupted_test_does_not_wait_for_its_adaptations(trained, glyph_dir, tmp_path):
+    where = [*glyphs(glyph_dir, trained[0]), f"--results_dir={tmp_path}"]
+    script = ["-u", str(ROOT / "evaluate.py")]
+    command = [sys.executable, *script, *SMALL_TEST, "--num_inner_steps=1000000", *where]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
+        shown = b""
+        while b"maml on glyphs" not in shown and (chunk := process.stderr.read1()):
+            shown += chunk
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()  # comes to an end only with the process
+    assert process.returncode == 130 and b"stopped; what was saved before is intact" in rest
 
 
 # A user's own images
 
 
-def test_a_folder_of_png_files_trains_and_is_tested(glyph_dir, tmp_path, capsys):
-    glyphs = load_dataset("glyphs", glyph_dir)
-    for position, label in enumerate(glyphs.labels.tolist()):
+def test_a_folder_of_png_files_trains_and_is_tested(glyph_dir, tmp_path):
+    data = load_dataset("glyphs", glyph_dir)
+    for position, label in enumerate(data.labels.tolist()):
         if label < 8:
-            file = tmp_path / "data" / "letters" / glyphs.class_names[label] / f"{position:04}.png"
+            file = tmp_path / "data" / "letters" / data.class_names[label] / f"{position:04}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(glyphs.images[position].permute(1, 2, 0).contiguous().numpy()).save(file)
-    where = ["--dataset=letters", f"--data_dir={tmp_path / 'data'}", f"--checkpoint_dir={tmp_path / 'checkpoints'}"]
+            pixels = data.images[position].permute(1, 2, 0).contiguous().numpy()
+            Image.fromarray(pixels).save(file)
+    where = ["--dataset=letters", f"--data_dir={tmp_path / 'data'}"]
+    where += [f"--checkpoint_dir={tmp_path / 'checkpoints'}"]
     in_process(train_protonet, *where, *SMALL_EPISODES, "--epochs=1")
-    assert in_process(evaluate, *where, "--k_shots=2", "--device=cpu", f"--results_dir={tmp_path / 'results'}") == 0
-    assert [(row["model"], row["dataset"], row["num_support_sets"]) for row in rows_of(tmp_path / "results")] == [("protonet", "letters", 12), ("pixels", "letters", 12)]
+    results = tmp_path / "results"
+    options = ["--k_shots=2", "--device=cpu", f"--results_dir={results}"]
+    assert in_process(evaluate, *where, *options) == 0
+    found = [(row["model"], row["dataset"], row["num_support_sets"]) for row in rows_of(results)]
+    assert found == [("protonet", "letters", 12), ("pixels", "letters", 12)]
     assert not list((tmp_path / "data").glob("*.npz"))  # the folder stays the user's
 
 
 # Help
 
 
-def test_help_lists_every_option_with_type_meaning_and_default():
+def test_the_help_of_a_script_is_printed_and_nothing_else_happens():
     process = run_script("train_protonet.py", "--help")
     assert process.returncode == 0 and not process.stderr
-    assert re.search(r"--n_way=int\s+classes per training episode \(default 5\)", process.stdout)
-    for field in train_protonet.Config.__dataclass_fields__:
-        assert f"--{field}=" in process.stdout
-
-
-@pytest.mark.parametrize("module", [train_protomaml, evaluate], ids=lambda module: module.__name__)
-def test_help_of_the_other_scripts_lists_every_option(module, capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse_config(module.Config, ["--help"], f"{module.__name__}.py", module.__doc__)
-    assert not stop.value.code
-    printed = capsys.readouterr().out
-    assert all(f"--{field}=" in printed for field in module.Config.__dataclass_fields__)
-
-
-def test_an_interrupted_test_does_not_wait_for_its_adaptations(trained, glyph_dir, tmp_path):
-    where = [f"--data_dir={glyph_dir}", f"--checkpoint_dir={trained[0]}", f"--results_dir={tmp_path}"]
-    command = [sys.executable, "-u", ROOT / "evaluate.py", *SMALL_TEST, "--num_inner_steps=1000000", *where]
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": ""}
-    with subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.PIPE) as process:
-        shown = b""
-        while b"protomaml on glyphs" not in shown and (chunk := process.stderr.read1()):
-            shown += chunk
-        process.send_signal(signal.SIGINT)
-        rest = process.stderr.read()  # comes to an end only with the process
-    assert process.returncode == 130 and b"stopped; what was saved before is intact" in rest
+    assert "python train_protonet.py --init_from=FILE" in process.stdout
+    line = r"--n_way=int\s+classes per training episode \(default 5\)"
+    assert re.search(line, process.stdout)
+    assert "config:" not in process.stdout

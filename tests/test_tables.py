@@ -11,7 +11,9 @@ from common.config import UserError
 from common.tables import markdown_table, text_table, write_tables
 
 
-def result(model="protonet", dataset="cifar100", k_shot=2, accuracy=0.44312, trained_on="cifar100", **other):
+def result(
+    model="protonet", dataset="cifar100", k_shot=2, accuracy=0.44312, trained_on="cifar100", **other
+):
     row = {
         "model": model,
         "dataset": dataset,
@@ -56,6 +58,26 @@ def test_every_number_stands_under_its_heading():
     }
 
 
+@pytest.mark.parametrize(
+    "model, shown",
+    [
+        ("classifier", "Classifier"),
+        ("protonet", "ProtoNet"),
+        ("maml", "MAML"),
+        ("protomaml", "ProtoMAML"),
+        ("pixels", "Pixels"),
+    ],
+)
+def test_models_stand_under_their_names_and_a_test_with_mirror_images_says_so(model, shown):
+    assert only_line(result(model))["model"] == shown
+    assert only_line(result(model, settings={"mirror": False}))["model"] == shown
+    assert only_line(result(model, settings={"mirror": True}))["model"] == f"{shown}, mirrored"
+
+
+def test_validation_classes_are_marked():
+    assert only_line(result(classes="val"))["tested on"] == "cifar100 (val)"
+
+
 def test_a_single_support_set_shows_no_spread():
     line = only_line(result(std=None, ci95=None, num_support_sets=1))
     assert (line["95 % interval"], line["std"], line["sets"]) == ("-", "-", "1")
@@ -70,7 +92,9 @@ def test_a_single_support_set_shows_no_spread():
         ("protomaml", "svhn", "17.11 21.29 27.62 36.17 46.03", "17.11 21.29 27.62 36.17 46.03"),
     ],
 )
-def test_the_tutorials_numbers_stand_beside_the_same_model_data_and_k(model, dataset, printed, corrected):
+def test_the_tutorials_numbers_stand_beside_the_same_model_data_and_k(
+    model, dataset, printed, corrected
+):
     lines = [only_line(result(model, dataset, k)) for k in (2, 4, 8, 16, 32)]
     assert [line["tutorial printed"] for line in lines] == printed.split()
     assert [line["corrected"] for line in lines] == corrected.split()
@@ -80,6 +104,7 @@ def test_the_tutorials_numbers_stand_beside_the_same_model_data_and_k(model, dat
     "row",
     [
         result(k_shot=3),
+        result(model="classifier"),
         result(model="maml"),
         result(model="pixels"),
         result(dataset="mnist"),
@@ -96,7 +121,11 @@ def test_the_tutorials_numbers_stand_nowhere_else(row):
 
 
 def test_the_fixed_width_table_holds_what_the_markdown_table_holds():
-    rows = [result(), result("protomaml", "svhn", 32, 0.1, num_support_sets=18), result("pixels", k_shot=4, accuracy=1.0, std=None, ci95=None)]
+    rows = [
+        result(),
+        result("protomaml", "svhn", 32, 0.1, num_support_sets=18),
+        result("pixels", k_shot=4, accuracy=1.0, std=None, ci95=None),
+    ]
     text, markdown = text_table(rows, {}).splitlines(), markdown_table(rows, {}).splitlines()
     assert len(text) == 2 + len(rows) + 1 and set(text[1]) == {"-"}
     for line, other in zip(text[2:5], markdown[2:5], strict=True):
@@ -104,10 +133,15 @@ def test_the_fixed_width_table_holds_what_the_markdown_table_holds():
 
 
 def test_columns_of_the_fixed_width_table_are_aligned():
-    rows = [result(k_shot=k, accuracy=a) for k, a in ((2, 0.05), (16, 1.0))] + [result("protomaml", "a_very_long_name_of_a_data_set")]
+    rows = [
+        result(k_shot=2, accuracy=0.05),
+        result(k_shot=16, accuracy=1.0),
+        result("protomaml", "a_very_long_name_of_a_data_set"),
+    ]
     lines = text_table(rows, {}).splitlines()
     end_of_accuracy = lines[0].index("accuracy") + len("accuracy")
-    assert [line[:end_of_accuracy].split()[-1] for line in lines[2:5]] == ["5.00", "100.00", "44.31"]
+    accuracies = [line[:end_of_accuracy].split()[-1] for line in lines[2:5]]
+    assert accuracies == ["5.00", "100.00", "44.31"]
     assert all(line == line.rstrip() for line in lines)
     start_of_data = lines[0].index("tested on")
     assert all(line[start_of_data - 1] == " " and line[start_of_data] != " " for line in lines[2:5])
@@ -146,8 +180,10 @@ def test_the_csv_file_is_read_by_pythons_reader(tmp_path):
 def test_the_markdown_file_is_the_table_with_the_failures(tmp_path):
     failures = {"svhn": "missing"}
     write_tables([result()], failures, str(tmp_path / "results"))
-    assert (tmp_path / "results" / "accuracy.md").read_text(encoding="utf-8") == markdown_table([result()], failures)
-    assert sorted(os.listdir(tmp_path / "results")) == ["accuracy.csv", "accuracy.json", "accuracy.md"]
+    text = (tmp_path / "results" / "accuracy.md").read_text(encoding="utf-8")
+    assert text == markdown_table([result()], failures)
+    found = sorted(os.listdir(tmp_path / "results"))
+    assert found == ["accuracy.csv", "accuracy.json", "accuracy.md"]
 
 
 def test_a_folder_that_cannot_be_written_is_one_message(tmp_path):

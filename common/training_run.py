@@ -1,0 +1,353 @@
+"""The life of a training run: epochs, steps, what is saved when, resume, stop.
+
+Two files with different purposes: `<model>.pt`, the best epoch, which tests read, and
+`<model>_last.pt`, the newest state, which only a resumed run reads.
+"""
+
+import csv
+import dataclasses
+import io
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+import time
+
+import torch
+from tqdm import tqdm
+
+from common.checkpoint import (
+    FORMAT,
+    MODEL_NAMES,
+    first_line,
+    is_finite,
+    load_checkpoint,
+    save_checkpoint,
+)
+from common.config import UserError
+from common.figures import plot_training_curves
+from common.files import atomic_file, write_text
+from common.optimizer import set_learning_rate
+
+SAVE_EVERY = 120  # seconds between two saves inside an epoch
+LOG_EVERY = 20  # steps between two looks at the loss: on a GPU a look waits for all work before it
+# Config fields that do not affect the result: neither stored nor compared on resume.
+NOT_STORED = ("recipe", "data_dir", "checkpoint_dir", "device", "resume", "overwrite")
+
+
+class TrainingRun:
+    """The state of one training run, kept on disk: weights, optimizer, random numbers, curves.
+
+    cfg: the script's Config; dataset, checkpoint_dir, epochs, resume and overwrite are read here.
+    model: a key of MODEL_NAMES. encoder, optimizer: trained in place by the script.
+    generator: draws episodes and augmentation; a resumed run sets it back to the epoch's start.
+    data: the TrainingData; its split, normalisation and digest go into the checkpoints.
+    extra_module: trained with the encoder and not used afterwards; only `_last.pt` carries it.
+
+    Raises UserError where an unfinished run is found and neither resume nor overwrite is given, or
+    where a run cannot be resumed as asked.
+    """
+
+    def __init__(self, cfg, model, encoder, optimizer, generator, data, extra_module=None):
+        self.cfg, self.model, self.encoder, self.optimizer = cfg, model, encoder, optimizer
+        self.generator, self.extra_module = generator, extra_module
+        self.data_facts = {
+            "class_split": data.split,
+            "mean": data.mean,
+            "std": data.std,
+            "data_digest": data.digest,
+        }
+        self.folder = os.path.join(cfg.checkpoint_dir, cfg.dataset)
+        self.best_path = os.path.join(self.folder, f"{model}.pt")
+        self.last_path = os.path.join(self.folder, f"{model}_last.pt")
+        self.epoch, self.step = 0, 0  # epochs done; steps done of the next one
+        # Over this epoch's steps: sum of losses, sum of accuracies, steps with a finite loss sum.
+        self.sums = torch.zeros(3, dtype=torch.float64)
+        self.history = []  # one dict per epoch, the rows of the CSV
+        self.best = None  # the row of the best epoch so far
+        self.epoch_start = generator.get_state()
+        self.signal = None  # number of the signal that asked the run to stop
+        self._begin()
+
+    def epochs(self):
+        """Yield the numbers of the epochs still to do, from 0; handle SIGINT and SIGTERM."""
+        device = next(self.encoder.parameters()).device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.sums = self.sums.to(device=device, dtype=dtype)
+        stops = (signal.SIGINT, signal.SIGTERM)
+        handlers = {number: signal.signal(number, self._ask_to_stop) for number in stops}
+        try:
+            while self.epoch < self.cfg.epochs:
+                self.epoch_start = self.generator.get_state()
+                self.epoch_clock = time.perf_counter()
+                yield self.epoch
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def steps(self, count):
+        """Yield the numbers of the steps still to do of an epoch of `count`; save on the way."""
+        saved = time.monotonic()
+        title = f"epoch {self.epoch + 1}/{self.cfg.epochs}"
+        with tqdm(
+            total=count, initial=self.step, desc=title, leave=False, dynamic_ncols=True
+        ) as bar:
+            while self.step < count:
+                yield self.step
+                self.step += 1
+                bar.update()
+                if self.step % LOG_EVERY == 0 or self.step == count:
+                    loss, accuracy = self._means()
+                    bar.set_postfix(loss=f"{loss:.3f}", acc=f"{accuracy:.1%}")
+                if self.signal or time.monotonic() - saved > SAVE_EVERY:
+                    self._save_last()
+                    saved = time.monotonic()
+                    self._leave_if_asked()
+
+    def track(self, loss, accuracy):
+        """Add one step's loss and accuracy, tensors of one number, without reading them."""
+        self.sums[:2] += torch.stack([loss.detach(), accuracy]).to(self.sums.dtype)
+        self.sums[2] += torch.isfinite(self.sums[0])
+
+    def end_epoch(self, lr, val_loss, val_accuracy, validated=None):
+        """Record an epoch with its validation; write best, last and CSV; print one line.
+
+        validated: the encoder that was validated, where it is not the one in training.
+        """
+        train_loss, train_accuracy = self._means()
+        if not math.isfinite(val_loss):
+            raise UserError(
+                f"the validation loss became {val_loss} after epoch {self.epoch + 1}, step "
+                f"{self.step}; {self._advice()}"
+            )
+        row = {
+            "epoch": self.epoch + 1,
+            "lr": lr,
+            "train_loss": train_loss,
+            "train_accuracy": train_accuracy,
+            "val_loss": val_loss,
+            "val_accuracy": val_accuracy,
+        }
+        self.history.append(row)
+        self.epoch, self.step = self.epoch + 1, 0
+        self.sums.zero_()
+        self.epoch_start = self.generator.get_state()
+        # `_last.pt` is written last: a kill before it leaves the state before this epoch, and the
+        # epoch is done again.
+        if self.best is None or val_accuracy > self.best["val_accuracy"]:
+            self.best = row
+            save_checkpoint(self.best_path, self._contents(row, validated or self.encoder))
+        self._write_csv()
+        self._save_last()
+        print(
+            f"epoch {row['epoch']}/{self.cfg.epochs} | lr {lr:.1e} | "
+            f"train loss {train_loss:.4f} acc {train_accuracy:.2%} | "
+            f"val loss {val_loss:.4f} acc {val_accuracy:.2%}"
+            f"{' (best)' if self.best is row else ''} | "
+            f"{time.perf_counter() - self.epoch_clock:.0f} s",
+            flush=True,
+        )
+        self._leave_if_asked()
+
+    def finish(self, val_way):
+        """Draw the training curves and print the best epoch; val_way: classes per episode."""
+        curves = os.path.join(self.folder, f"{self.model}_curves")
+        plot_training_curves(self.history, MODEL_NAMES[self.model], self.cfg.dataset, curves)
+        epoch, accuracy = self.best["epoch"], self.best["val_accuracy"]
+        print(f"best epoch {epoch}, {val_way}-way validation accuracy {accuracy:.2%}")
+        print(f"wrote {self.best_path}; next: python evaluate.py --dataset={self.cfg.dataset}")
+
+    def _begin(self):
+        last = None
+        if os.path.exists(self.last_path) and not self.cfg.overwrite:
+            last = load_checkpoint(self.last_path)
+            _check_last(last, self.last_path)
+        if self.cfg.resume and self.cfg.overwrite:
+            raise UserError("resume continues a run and overwrite discards it: pass one of the two")
+        if self.cfg.resume:
+            if last is None:
+                found = f"there is nothing to resume: found no {self.last_path}"
+                raise UserError(f"{found}; start without --resume=true")
+            self._resume(last)
+            return
+        if last is not None:
+            done, planned = last["epoch"], last["config"]["epochs"]
+            if done < max(planned, self.cfg.epochs):
+                raise UserError(
+                    f"{self.last_path} holds a run that can go on ({done} of {planned} epochs "
+                    f"done, {last['step']} steps of the next); add --resume=true to continue it or "
+                    "--overwrite=true to discard it"
+                )
+        if os.path.exists(self.best_path):
+            earlier = os.path.join(self.folder, f"{self.model}_previous.pt")
+            with atomic_file(earlier) as temporary:
+                shutil.copyfile(self.best_path, temporary)
+            print(f"the first epoch will replace {self.best_path}; kept a copy as {earlier}")
+        # A stop within the first minutes then finds something to resume, and a folder that cannot
+        # be written is noticed now.
+        self._save_last()
+
+    def _resume(self, last):
+        # An option that is younger than the file had its default.
+        before = {**_stored(type(self.cfg)()), **last["config"]}
+        differences = [
+            f"{name} was {before[name]!r} and is {new!r}"
+            for name, new in _stored(self.cfg).items()
+            if name != "epochs" and before[name] != new
+        ]
+        if last["model"] != self.model:
+            differences.append(f"the model was {last['model']!r} and is {self.model!r}")
+        if last["data_digest"] != self.data_facts["data_digest"]:
+            differences.append("the images of the data set changed")
+        if last["class_split"] != self.data_facts["class_split"]:
+            differences.append("the class split changed")
+        arguments = self.encoder.arguments
+        if any(last["encoder"].get(name, arguments[name]) != arguments[name] for name in arguments):
+            differences.append("the encoder changed")
+        if differences:
+            raise UserError(
+                f"cannot resume {self.last_path}: {'; '.join(differences)}; put that back or "
+                "discard the run with --overwrite=true"
+            )
+        if last["epoch"] > self.cfg.epochs:
+            raise UserError(
+                f"cannot resume {self.last_path}: {last['epoch']} epochs are done, "
+                f"--epochs={self.cfg.epochs} asks for fewer; pass at least --epochs={last['epoch']}"
+            )
+        try:
+            self._restore(last)
+        # What a damaged state holds is refused by whatever layer it reaches first.
+        except Exception as error:
+            raise UserError(
+                f"{self.last_path} is damaged ({first_line(error)}); discard it with "
+                "--overwrite=true"
+            ) from error
+        print(
+            f"resumed {self.last_path}: {self.epoch} of {self.cfg.epochs} epochs done, step "
+            f"{self.step} of the next"
+        )
+
+    def _restore(self, last):
+        self.encoder.load_state_dict(last["state_dict"])
+        if self.extra_module:
+            self.extra_module.load_state_dict(last["extra_module"])
+        # The state comes from the file; how the optimizer works on it (fused, in a CUDA graph) is
+        # this device's affair.
+        own = self.optimizer.state_dict()["param_groups"]
+        saved = last["optimizer"]["param_groups"]
+        groups = [{**a, "params": b["params"]} for a, b in zip(own, saved, strict=True)]
+        state = last["optimizer"]["state"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        set_learning_rate(self.optimizer, float(saved[0]["lr"]))
+        self.generator.set_state(last["generator"])
+        torch.set_rng_state(last["torch_rng"])
+        self.epoch, self.step, self.sums = last["epoch"], last["step"], last["sums"]
+        self.history = last["history"]
+        self.best = self.history[last["best_epoch"] - 1] if last["best_epoch"] else None
+
+    def _contents(self, row, encoder):
+        return {
+            "format": FORMAT,
+            "model": self.model,
+            "dataset": self.cfg.dataset,
+            "config": _stored(self.cfg),
+            "epoch": self.epoch,
+            "val_accuracy": row["val_accuracy"] if row else None,
+            "encoder": encoder.arguments,
+            # On the CPU, so that torch.load reads the file where there is no GPU.
+            "state_dict": {name: tensor.cpu() for name, tensor in encoder.state_dict().items()},
+            **self.data_facts,
+        }
+
+    def _save_last(self):
+        # Both checks raise before a broken state replaces a good one.
+        self._means()
+        if not is_finite(self.encoder):
+            raise UserError(
+                f"the weights became NaN or infinite in epoch {self.epoch + 1}, by step "
+                f"{self.step}; {self._advice()}"
+            )
+        save_checkpoint(
+            self.last_path,
+            {
+                **self._contents(self.best, self.encoder),
+                "extra_module": self.extra_module.state_dict() if self.extra_module else {},
+                "optimizer": self.optimizer.state_dict(),
+                "generator": self.epoch_start,
+                "torch_rng": torch.get_rng_state(),
+                "step": self.step,
+                "sums": self.sums.cpu(),
+                "history": self.history,
+                "best_epoch": self.best["epoch"] if self.best else 0,
+            },
+        )
+
+    def _write_csv(self):
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.history[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.history)
+        write_text(os.path.join(self.folder, f"{self.model}.csv"), text.getvalue())
+
+    def _means(self):
+        """Return the mean loss and accuracy of this epoch's steps; raise UserError after a NaN."""
+        loss, accuracy, finite_steps = self.sums.tolist()
+        if finite_steps < self.step:
+            raise UserError(
+                f"the loss became {loss} in epoch {self.epoch + 1}, step {int(finite_steps) + 1}; "
+                f"{self._advice()}"
+            )
+        return loss / max(self.step, 1), accuracy / max(self.step, 1)
+
+    def _advice(self):
+        return (
+            f"{self.last_path} still holds the last good state; start again with a lower learning "
+            "rate and --overwrite=true"
+        )
+
+    def _ask_to_stop(self, number, frame):
+        if self.signal == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        self.signal = number
+        tqdm.write("stopping after this step (once more: at once)", file=sys.stderr)
+
+    def _leave_if_asked(self):
+        if self.signal:
+            command = re.sub(r" --(resume|overwrite)[ =]\w+", "", shlex.join(sys.argv))
+            print(f"saved {self.last_path}; go on with: python {command} --resume=true", flush=True)
+            raise SystemExit(128 + self.signal)
+
+
+def _stored(cfg):
+    """Return what of the config affects the result, as a checkpoint returns it: with lists."""
+    values = dataclasses.asdict(cfg).items()
+    kept = {name: value for name, value in values if name not in NOT_STORED}
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in kept.items()}
+
+
+def _check_last(last, path):
+    """Raise UserError unless a loaded `_last.pt` has what a resumed run reads."""
+    kinds = {
+        "optimizer": dict,
+        "extra_module": dict,
+        "generator": torch.Tensor,
+        "torch_rng": torch.Tensor,
+        "sums": torch.Tensor,
+        "step": int,
+        "history": list,
+        "best_epoch": int,
+    }
+    wrong = [name for name, kind in kinds.items() if not isinstance(last.get(name), kind)]
+    if not isinstance(last["config"].get("epochs"), int):
+        wrong.append("epochs")
+    if not wrong and last["sums"].shape != (3,):
+        wrong.append("sums")
+    if not wrong and not 0 <= last["best_epoch"] <= last["epoch"] == len(last["history"]):
+        wrong.append("history")
+    if wrong:
+        raise UserError(
+            f"{path} is damaged: its {wrong[0]!r} cannot be used; discard it with --overwrite=true"
+        )

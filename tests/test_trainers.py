@@ -1,0 +1,290 @@
+"""The three trainers: learning rates, the classifier's loss, where training starts, memory."""
+
+import gc
+import json
+import resource
+
+import pytest
+import torch
+
+import evaluate
+import train_classifier
+import train_protomaml
+import train_protonet
+from common.checkpoint import FORMAT, load_checkpoint, save_checkpoint
+from common.config import UserError, parse_config
+from common.data import load_training_data
+from common.encoder import Encoder
+from common.training_run import TrainingRun
+
+# Its own options keep a step of each trainer small.
+TRAINERS = {
+    "classifier": (train_classifier, ["--batch_size=16"]),
+    "protonet": (train_protonet, []),
+    "protomaml": (train_protomaml, ["--tasks_per_step=3", "--val_episodes=1"]),
+}
+CPU = torch.device("cpu")
+
+
+def train(model, glyph_dir, folder, *more):
+    """Train on small episodes; return the path of the best epoch's checkpoint."""
+    script, own = TRAINERS[model]
+    small = ["--device=cpu", "--n_way=2", "--k_shot=2", "--n_query=2", "--epochs=1", *own]
+    where = ["--dataset=glyphs", f"--data_dir={glyph_dir}", f"--checkpoint_dir={folder}"]
+    arguments = [*where, *small, *more]
+    script.main(parse_config(script.Config, arguments, recipes=getattr(script, "RECIPES", None)))
+    return folder / "glyphs" / f"{model}.pt"
+
+
+def use_tiny_encoder(model, monkeypatch):
+    """Let a trainer build a tiny encoder, where what counts is what goes on around it."""
+
+    def new_encoder(proto_dim, unit_features=False):
+        return Encoder(proto_dim, 4, (1, 1, 1, 1), 2, 8, unit_features)
+
+    def starting_encoder(cfg, split):
+        return new_encoder(cfg.proto_dim)
+
+    if model == "classifier":
+        monkeypatch.setattr(train_classifier, "Encoder", new_encoder)
+    else:
+        monkeypatch.setattr(TRAINERS[model][0], "starting_encoder", starting_encoder)
+
+
+def watch_steps(monkeypatch, look):
+    """Call look(run, loss) with every step of every training run."""
+    track = TrainingRun.track
+
+    def watched(run, loss, accuracy):
+        track(run, loss, accuracy)
+        look(run, loss)
+
+    monkeypatch.setattr(TrainingRun, "track", watched)
+
+
+# Learning rates
+
+
+def rates_of(model, glyph_dir, folder, monkeypatch, *more):
+    """Return the learning rate of the optimizer in each step, and that recorded for each epoch."""
+    rates = []
+    use_tiny_encoder(model, monkeypatch)
+    watch_steps(monkeypatch, lambda run, loss: rates.append(run.optimizer.param_groups[0]["lr"]))
+    train(model, glyph_dir, folder, *more)
+    history = load_checkpoint(folder / "glyphs" / f"{model}_last.pt")["history"]
+    return rates, [row["lr"] for row in history]
+
+
+@pytest.mark.parametrize("model", ["protonet", "protomaml"])
+def test_the_learning_rate_drops_tenfold_after_7_and_after_9_of_10_epochs(
+    model, glyph_dir, tmp_path, monkeypatch
+):
+    more = ["--epochs=10", "--steps_per_epoch=1", "--lr=1e-3"]
+    rates, recorded = rates_of(model, glyph_dir, tmp_path, monkeypatch, *more)
+    assert rates == pytest.approx([1e-3] * 7 + [1e-4] * 2 + [1e-5])
+    assert recorded == rates
+
+
+def test_the_classifiers_learning_rate_makes_one_cycle_over_all_steps(
+    glyph_dir, tmp_path, monkeypatch
+):
+    more = ["--epochs=4", "--steps_per_epoch=5", "--lr=1e-3"]
+    rates, recorded = rates_of("classifier", glyph_dir, tmp_path, monkeypatch, *more)
+    assert len(rates) == 20
+    assert rates[:5] == sorted(rates[:5]) and rates[4] == pytest.approx(1e-3)
+    assert rates[4:] == sorted(rates[4:], reverse=True) and 0 < rates[-1] < 2e-5
+    assert recorded == rates[::5]
+
+
+# The classifier
+
+
+def test_the_teachers_part_of_the_loss_is_cross_entropy_with_its_probabilities(
+    glyph_dir, tmp_path, monkeypatch
+):
+    path = train("classifier", glyph_dir, tmp_path / "teacher", "--steps_per_epoch=3")
+    data = load_training_data("glyphs", str(glyph_dir), CPU)
+    encoder, prototypes = train_classifier.load_teacher(path, data, CPU)
+    seen, losses, images = [], [], []
+    cross_entropy, normalize = torch.nn.functional.cross_entropy, type(data).normalize
+
+    def watch(logits, target, **options):
+        seen.append((logits.detach(), target, options))
+        return cross_entropy(logits, target, **options)
+
+    def keep(data, pixels):
+        images.append(normalize(data, pixels))
+        return images[-1]
+
+    monkeypatch.setattr(train_classifier.F, "cross_entropy", watch)
+    monkeypatch.setattr(train_classifier, "mean_episode_loss", lambda *arguments: (0.0, 0.0))
+    monkeypatch.setattr(type(data), "normalize", keep)
+    watch_steps(monkeypatch, lambda run, loss: losses.append(loss.item()))
+    more = [f"--teacher={path}", "--distillation_weight=0.3", "--temperature=3"]
+    train("classifier", glyph_dir, tmp_path, "--steps_per_epoch=3", *more)
+
+    assert len(losses) == 3 and len(seen) == 6
+    for step, loss in enumerate(losses):
+        (logits, labels, options), (same, taught, _) = seen[2 * step : 2 * step + 2]
+        assert torch.equal(logits, same) and options == {"label_smoothing": 0.1}
+        with torch.no_grad():  # the same augmented images, [B, C] squared distances by hand
+            distances = torch.cdist(encoder(images[step - 3]), prototypes).square()
+        assert torch.allclose(taught, (-distances / 3).softmax(dim=1), atol=1e-4)
+        assert taught.max() < 1 and not taught.requires_grad
+        by_labels = cross_entropy(logits, labels, label_smoothing=0.1).item()
+        by_teacher = -(taught * logits.log_softmax(dim=1)).sum(dim=1).mean().item()
+        assert loss == pytest.approx(0.7 * by_labels + 0.3 * by_teacher, rel=1e-5)
+
+
+def test_the_teachers_prototypes_are_the_mean_features_of_each_class(glyph_dir, tmp_path):
+    data = load_training_data("glyphs", str(glyph_dir), CPU)
+    path = train("classifier", glyph_dir, tmp_path, "--steps_per_epoch=1", "--proto_dim=4")
+    encoder, found = train_classifier.load_teacher(path, data, CPU)
+    assert not encoder.training
+    assert found.shape == (len(data.train.class_names), 4)
+    with torch.no_grad():
+        images = data.normalize(data.train.images[data.train.labels == 3])
+        assert torch.allclose(found[3], encoder(images).mean(dim=0), atol=1e-5)
+
+
+def test_principal_features_are_validated_and_kept_and_training_goes_on_with_its_own(
+    glyph_dir, tmp_path
+):
+    more = ["--steps_per_epoch=3", "--principal_features=true"]
+    path = train("classifier", glyph_dir, tmp_path, *more)
+    best = load_checkpoint(path)["state_dict"]
+    last = load_checkpoint(path.with_name("classifier_last.pt"))["state_dict"]
+    differing = [name for name in best if not torch.equal(best[name], last[name])]
+    assert differing == ["classifier.weight", "classifier.bias"]
+    directions = best["classifier.weight"]
+    assert torch.allclose(directions @ directions.T, torch.eye(len(directions)), atol=1e-5)
+
+
+def test_a_teacher_that_the_run_would_overwrite_is_refused():
+    path = "checkpoints/../checkpoints/cifar100/classifier.pt"
+    with pytest.raises(UserError, match="overwrite"):
+        train_classifier.Config(teacher=path)
+    train_classifier.Config(teacher=path, checkpoint_dir="elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "shape"), [(10, 3, (3, 3)), (9, 3, (3, 3)), (2, 5, (1, 2))]
+)
+def test_an_epoch_of_the_classifier_takes_every_image_at_most_once(count, size, shape):
+    batches = train_classifier.random_batches(count, size, torch.Generator().manual_seed(0))
+    assert batches.shape == shape and batches.dtype == torch.int64
+    images = batches.flatten().tolist()
+    assert len(set(images)) == len(images) and set(images) <= set(range(count))
+
+
+# Starting from a checkpoint
+
+
+def test_frozen_statistics_need_a_trained_encoder():
+    with pytest.raises(UserError, match="--init_from"):
+        train_protomaml.Config(batchnorm="frozen")
+
+
+def test_protomaml_starts_from_a_classifier_and_frozen_statistics_stay(glyph_dir, tmp_path):
+    path = train("classifier", glyph_dir, tmp_path, "--steps_per_epoch=3")
+    start = load_checkpoint(path)
+    more = [f"--init_from={path}", "--batchnorm=frozen", "--steps_per_epoch=1", "--lr=1e-6"]
+    found = load_checkpoint(train("protomaml", glyph_dir, tmp_path, *more))
+    assert found["encoder"] == start["encoder"]
+    for name, tensor in start["state_dict"].items():
+        if "running" in name or "num_batches" in name:
+            assert torch.equal(found["state_dict"][name], tensor), name
+        else:  # one step of AdamW moves a weight by the learning rate at the most
+            assert (found["state_dict"][name] - tensor).abs().max() < 1e-4, name
+
+
+def test_protonet_starts_from_a_classifier_keeps_its_feature_length_and_can_be_tested(
+    glyph_dir, tmp_path
+):
+    path = train("classifier", glyph_dir, tmp_path, "--steps_per_epoch=3", "--proto_dim=5")
+    start = load_checkpoint(path)
+    assert (start["encoder"]["proto_dim"], start["encoder"]["unit_features"]) == (5, True)
+    more = [f"--init_from={path}", "--proto_dim=7", "--steps_per_epoch=1", "--lr=1e-6"]
+    found_path = train("protonet", glyph_dir, tmp_path, *more)
+    found = load_checkpoint(found_path)
+    assert found["model"] == "protonet" and found["encoder"] == start["encoder"]
+    for name, weight in start["state_dict"].items():
+        if "running" not in name and "num_batches" not in name:
+            assert (found["state_dict"][name] - weight).abs().max() < 1e-4, name
+
+    arguments = [
+        "--dataset=glyphs",
+        "--domains=",
+        f"--data_dir={glyph_dir}",
+        f"--protonet={found_path}",
+        "--k_shots=2",
+        "--device=cpu",
+        f"--results_dir={tmp_path / 'results'}",
+    ]
+    assert evaluate.main(parse_config(evaluate.Config, arguments)) == 0
+    rows = json.loads((tmp_path / "results" / "accuracy.json").read_text())
+    assert [row["model"] for row in rows] == ["protonet", "pixels"]
+
+
+def test_a_run_that_started_from_a_checkpoint_resumes_with_its_feature_length(glyph_dir, tmp_path):
+    path = train("classifier", glyph_dir, tmp_path, "--steps_per_epoch=1", "--proto_dim=5")
+    more = [f"--init_from={path}", "--steps_per_epoch=1"]
+    train("protonet", glyph_dir, tmp_path, *more)
+    train("protonet", glyph_dir, tmp_path, *more, "--epochs=2", "--resume=true")
+    last = load_checkpoint(tmp_path / "glyphs" / "protonet_last.pt")
+    assert (last["epoch"], last["encoder"]["proto_dim"]) == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("model", "option"),
+    [("protomaml", "init_from"), ("protonet", "init_from"), ("classifier", "teacher")],
+)
+def test_a_start_from_other_classes_is_refused(model, option, glyph_dir, tmp_path):
+    split = load_training_data("glyphs", str(glyph_dir), CPU).split
+    encoder, path = Encoder(), tmp_path / "other.pt"
+    contents = {
+        "format": FORMAT,
+        "model": "classifier",
+        "dataset": "glyphs",
+        "config": {},
+        "epoch": 1,
+        "val_accuracy": 0.5,
+        "encoder": encoder.arguments,
+        "state_dict": encoder.state_dict(),
+        "class_split": {**split, "train": split["train"][::-1]},
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.2, 0.2, 0.2),
+        "data_digest": None,
+    }
+    save_checkpoint(path, contents)
+    with pytest.raises(UserError, match="other classes"):
+        train(model, glyph_dir, tmp_path / "new", f"--{option}={path}")
+    assert not (tmp_path / "new").exists()
+    # The same file is taken where its classes are those of the run.
+    save_checkpoint(path, {**contents, "class_split": split})
+    train(model, glyph_dir, tmp_path / "new", f"--{option}={path}", "--steps_per_epoch=1")
+
+
+# Memory
+
+
+@pytest.mark.parametrize("model", TRAINERS)
+def test_memory_is_flat_over_2000_steps(model, glyph_dir, tmp_path, monkeypatch):
+    # What could grow is what the loop keeps of each step, not the step itself.
+    use_tiny_encoder(model, monkeypatch)
+    tensors, peaks, steps = [], [], 0
+
+    def look(run, loss):
+        nonlocal steps
+        steps += 1
+        if steps in (200, 2000):
+            tensors.append(sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()))
+            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+    watch_steps(monkeypatch, look)
+    small = ["--k_shot=1", "--n_query=1", "--epochs=22"]
+    own = {"classifier": ["--batch_size=4"], "protomaml": ["--tasks_per_step=1"]}
+    train(model, glyph_dir, tmp_path, *small, *own.get(model, []))
+    assert steps >= 2000
+    assert tensors[1] <= tensors[0] + 5
+    assert peaks[1] - peaks[0] < 30 * 1024  # KiB
