@@ -52,7 +52,7 @@ class TapedStep:
 
     replays = 0
 
-    def __init__(self, function, device):
+    def __init__(self, function, device, enabled=True):
         self.function, self.calls, self.tape = function, 0, None
 
     def __call__(self, *inputs):
@@ -81,13 +81,20 @@ def tensor_rate(make_optimizer, *arguments):
     return optimizer
 
 
-EPISODES = ["--n_way=2", "--k_shot=2", "--n_query=2"]
-TRAINING = {
-    "classifier": (train_classifier, ["--n_way=2", "--batch_size=16"]),
-    "protonet": (train_protonet, [*EPISODES, "--lr_drops=0.5"]),
-    "protomaml": (
+EPISODES = ["--n_way=2", "--k_shot=2", "--n_query=2", "--lr_drops=0.5"]
+TASKS = [*EPISODES, "--tasks_per_step=2", "--val_episodes=10"]
+BATCHES = ["--n_way=2", "--batch_size=16"]
+START = "{start}"  # stands for the path of a trained classifier
+VARIANTS = {  # model, script and options
+    "classifier": ("classifier", train_classifier, BATCHES),
+    "taught": ("classifier", train_classifier, [*BATCHES, f"--teacher={START}"]),
+    "protonet": ("protonet", train_protonet, EPISODES),
+    "protomaml": ("protomaml", train_protomaml, TASKS),
+    "maml": ("maml", train_protomaml, [*TASKS, "--output_init=zeros"]),
+    "frozen": (
+        "protomaml",
         train_protomaml,
-        [*EPISODES, "--lr_drops=0.5", "--tasks_per_step=2", "--val_episodes=10"],
+        [*TASKS, f"--init_from={START}", "--batchnorm=frozen", "--lr_inner=0.01"],
     ),
 }
 
@@ -105,25 +112,18 @@ def assert_same(first, second):
     assert first["history"] == second["history"]
 
 
-@pytest.fixture
-def classifier(glyph_dir, tmp_path):
-    script, options = TRAINING["classifier"]
-    train("classifier", script, options, glyph_dir, tmp_path / "start")
-    return tmp_path / "start" / "glyphs" / "classifier.pt"
+@pytest.fixture(scope="module")
+def start(glyph_dir, tmp_path_factory):
+    """The path of a trained classifier."""
+    folder = tmp_path_factory.mktemp("start")
+    train(*VARIANTS["classifier"], glyph_dir, folder)
+    return folder / "glyphs" / "classifier.pt"
 
 
-@pytest.mark.parametrize("variant", ["classifier", "taught", "protonet", "protomaml", "maml", "frozen"])
-def test_replayed_steps_train_to_the_same_bits(
-    variant, classifier, glyph_dir, tmp_path, monkeypatch
-):
-    model = {"taught": "classifier", "maml": "protomaml", "frozen": "protomaml"}.get(variant, variant)
-    script, options = TRAINING[model]
-    options = options + {
-        "taught": [f"--teacher={classifier}"],
-        "maml": ["--output_init=zeros"],
-        "frozen": [f"--init_from={classifier}", "--batchnorm=frozen", "--lr_inner=0.01"],
-    }.get(variant, [])
-    model = "maml" if variant == "maml" else model
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_replayed_steps_train_to_the_same_bits(variant, start, glyph_dir, tmp_path, monkeypatch):
+    model, script, options = VARIANTS[variant]
+    options = [option.replace(START, str(start)) for option in options]
     make_optimizer = functools.partial(tensor_rate, script.make_optimizer)
     monkeypatch.setattr(script, "make_optimizer", make_optimizer)
     expected = train(model, script, options, glyph_dir, tmp_path / "called")
