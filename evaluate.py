@@ -9,8 +9,8 @@ Writes accuracy.json, .csv and .md and the figures into results/. What is alread
 checkpoint, data and settings is not computed again.
 
 On 2 CPU cores the first line takes about 5 minutes. A complete test by nearest prototype takes
-20 s; ProtoMAML and MAML adapt to every support set, which takes hours, or to few of them with
---recipe=quick.
+20 s. ProtoMAML and MAML adapt to every support set, which takes hours; --recipe=quick adapts to
+four per k.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from common.checkpoint import MODEL_NAMES, encoder_of, load_checkpoint
+from common.checkpoint import MODEL_NAMES, content_digest, encoder_of, load_checkpoint
 from common.config import UserError, require, require_one_of, run_script
 from common.data import load_dataset, normalize, split_classes
 from common.device import pick_device
@@ -49,13 +49,13 @@ ADAPTING = ("maml", "protomaml")  # the other models classify by nearest prototy
 @dataclass
 class Config:
     # recipe
-    recipe: str = "tutorial"  # tutorial (the values below), quick or best: see RECIPES; options win
+    recipe: str = "tutorial"  # tutorial (the values below), quick or best; options override it
     # data
     dataset: str = "cifar100"  # the models' training data set; its test classes are tested first
-    domains: tuple[str, ...] = ("auto",)  # unseen data sets, tested on all classes; auto: its own
+    domains: tuple[str, ...] = ("auto",)  # unseen domains, all classes; auto: svhn or glyph_digits
     data_dir: str = os.environ.get("PATH_DATASETS", "data")  # folder of the data sets
     # models
-    checkpoint_dir: str = "checkpoints"  # its <dataset> folder is tested, unless files are named:
+    checkpoint_dir: str = "checkpoints"  # its folder <dataset> is tested, or the files named here
     classifier: str = ""  # checkpoint of a classifier
     protonet: str = ""  # checkpoint of a ProtoNet
     maml: str = ""  # checkpoint of a MAML
@@ -63,27 +63,28 @@ class Config:
     # test
     classes: str = "test"  # held-out classes: test for the final table, val to choose settings on
     k_shots: tuple[int, ...] = (2, 4, 8, 16, 32)  # support images per class, one test for each
-    mirror: bool = False  # average features, or logits after adaptation, with the mirror image's
+    mirror: bool = False  # average features or logits over each image and its horizontal flip
     # inner loop of MAML and ProtoMAML
     num_inner_steps: tuple[int, ...] = (200,)  # SGD steps on a support set; one, or one per k
     lr_inner: tuple[float, ...] = ()  # learning rate for the encoder; empty: as in training
     lr_output: tuple[float, ...] = ()  # learning rate for the output layer; empty: as in training
-    domain_num_inner_steps: tuple[int, ...] = ()  # the same for unseen domains; empty: as above
-    domain_lr_inner: tuple[float, ...] = ()  # the same for unseen domains; empty: as above
-    domain_lr_output: tuple[float, ...] = ()  # the same for unseen domains; empty: as above
+    domain_num_inner_steps: tuple[int, ...] = ()  # on unseen domains; empty: num_inner_steps
+    domain_lr_inner: tuple[float, ...] = ()  # on unseen domains; empty: as lr_inner
+    domain_lr_output: tuple[float, ...] = ()  # on unseen domains; empty: as lr_output
     max_support_sets: int = 0  # support sets per k, evenly spread; 0: all
     # run
     device: str = "auto"  # auto, cuda, mps or cpu
+    cuda_graphs: bool = True  # false: run CUDA steps eagerly, to debug one or to save memory
     results_dir: str = "results"  # where tables and figures go
 
     def __post_init__(self):
         inner_loop = ("num_inner_steps", "lr_inner", "lr_output")
-        in_domains = tuple(f"domain_{name}" for name in inner_loop)
+        on_domains = tuple(f"domain_{name}" for name in inner_loop)
         require(self, "k_shots", "num_inner_steps", "domain_num_inner_steps", least=1)
         require(self, "max_support_sets", least=0)
-        require(self, *inner_loop[1:], *in_domains[1:], above=0)
+        require(self, *inner_loop[1:], *on_domains[1:], above=0)
         require_one_of(self, "classes", ("test", "val"))
-        for name in (*inner_loop, *in_domains):
+        for name in (*inner_loop, *on_domains):
             count = len(getattr(self, name))
             if count not in (1, len(self.k_shots)) and (count or name == "num_inner_steps"):
                 raise UserError(
@@ -124,7 +125,6 @@ RECIPES = {
         "domain_lr_inner": (0.004, 0.004, 0.02, 0.02, 0.02),
         "domain_lr_output": (0.02,),
         "max_support_sets": 6,
-        "results_dir": "results/cifar100",
     },
 }
 
@@ -220,12 +220,12 @@ def test_model(cfg, model, path, checkpoint, image_set, classes, device):
     }
     rows, missing = {}, {}
     for position, k_shot in enumerate(cfg.k_shots):
-        settings = test_settings(cfg, model, checkpoint, position, in_domain=classes == "all")
+        settings = test_settings(cfg, model, checkpoint, position, unseen_domain=classes == "all")
         row = {**identity, "k_shot": k_shot, "settings": settings}
         key = json.dumps([row, checkpoint["mean"], checkpoint["std"]], sort_keys=True)
         name = f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
         kept = os.path.join(cfg.results_dir, ".cache", name)
-        rows[k_shot] = read_kept(kept)
+        rows[k_shot] = read_kept(kept, row)
         if rows[k_shot]:
             print(
                 f"{model} on {image_set.name}, k = {k_shot}: reused, same checkpoint, data and "
@@ -237,7 +237,7 @@ def test_model(cfg, model, path, checkpoint, image_set, classes, device):
             missing[k_shot] = (row, kept, sets)
 
     if missing:
-        accuracies_of = prepare_test(model, path, checkpoint, image_set, device, cfg.mirror)
+        accuracies_of = prepare_test(cfg, model, path, checkpoint, image_set, device)
         title = f"{model} on {image_set.name}"
         works = {k: (row["settings"], sets) for k, (row, _, sets) in missing.items()}
         progress = Progress(title, works if model in ADAPTING else {}, len(image_set.labels))
@@ -253,11 +253,12 @@ def test_model(cfg, model, path, checkpoint, image_set, classes, device):
             "num_support_sets": len(sets),
             "num_queries": len(image_set.labels) - sets.shape[1],
         }
-        write_text(kept, json.dumps(rows[k_shot]) + "\n")
+        digest = content_digest(rows[k_shot])
+        write_text(kept, json.dumps({**rows[k_shot], "digest": digest}) + "\n")
     return list(rows.values())
 
 
-def test_settings(cfg, model, checkpoint, position, in_domain):
+def test_settings(cfg, model, checkpoint, position, unseen_domain):
     """Return what else decides a result: mirror images, and the inner loop at this k."""
     if model == "pixels":
         return {}
@@ -267,7 +268,7 @@ def test_settings(cfg, model, checkpoint, position, in_domain):
     trained = checkpoint["config"]
     inner_loop = {}
     for name in ("num_inner_steps", "lr_inner", "lr_output"):
-        values = (in_domain and getattr(cfg, f"domain_{name}")) or getattr(cfg, name)
+        values = (unseen_domain and getattr(cfg, f"domain_{name}")) or getattr(cfg, name)
         values = values or (trained[name],)
         inner_loop[name] = values[position] if len(values) > 1 else values[0]
     inner_loop["output_init"] = trained.get("output_init", "prototypes")
@@ -276,17 +277,18 @@ def test_settings(cfg, model, checkpoint, position, in_domain):
     return {**inner_loop, **mirror, "max_support_sets": cfg.max_support_sets}
 
 
-def prepare_test(model, path, checkpoint, image_set, device, mirror):
+def prepare_test(cfg, model, path, checkpoint, image_set, device):
     """Return the function (sets, settings, progress) -> accuracies [S] of a model on a data set."""
     image_set = image_set.to(device)
     labels, n_way = image_set.labels, len(image_set.class_names)
     images = normalize(image_set.images, checkpoint["mean"], checkpoint["std"])  # [N, 3, H, W]
     encoder = encoder_of(checkpoint, path).to(device)
+    in_graph = cfg.cuda_graphs and device.type == "cuda"
 
     def after_adaptation(sets, settings, progress):
         inner_loop = InnerLoop(**{f.name: settings[f.name] for f in dataclasses.fields(InnerLoop)})
         return adapted_accuracies(
-            encoder, images, labels, sets, n_way, inner_loop, progress, mirror
+            encoder, images, labels, sets, n_way, inner_loop, progress, cfg.mirror, in_graph
         )
 
     def by_nearest_prototype(sets, settings, progress):
@@ -294,8 +296,9 @@ def prepare_test(model, path, checkpoint, image_set, device, mirror):
 
     if model in ADAPTING:
         return after_adaptation
+    # Features, [N, D].
     is_raw = model == "pixels"
-    features = images.flatten(1) if is_raw else encode_in_batches(encoder, images, mirror)  # [N, D]
+    features = images.flatten(1) if is_raw else encode_in_batches(encoder, images, cfg.mirror)
     return by_nearest_prototype
 
 
@@ -343,13 +346,23 @@ class Progress:
             )
 
 
-def read_kept(path):
-    """Return the result row kept in `path`, or None where there is none or it cannot be read."""
+def read_kept(path, wanted):
+    """Return the result row kept in `path`, or None where there is none that can be used.
+
+    wanted: what the row must say of model, data and settings.
+    """
+    if not os.path.exists(path):
+        return None
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, ValueError):
-        return None
+            row = json.load(file)
+        digest = row.pop("digest")
+        if digest == content_digest(row) and row.items() >= wanted.items():
+            return row
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):  # not a row
+        pass
+    print(f"{path} is damaged or foreign: this result is computed anew")
+    return None
 
 
 def draw_figures(cfg, data, split, image_sets, rows):
@@ -358,10 +371,8 @@ def draw_figures(cfg, data, split, image_sets, rows):
     for image_set in (data, *image_sets[1:]):
         plot_examples(image_set, where(f"examples_{image_set.name}"))
     val = data.of_classes(split["val"])
-    n_way, k_shot = (
-        min(5, len(val.class_names)),
-        min(4, torch.bincount(val.labels).min().item() // 2),
-    )
+    n_way = min(5, len(val.class_names))
+    k_shot = min(4, torch.bincount(val.labels).min().item() // 2)
     if k_shot:
         sampler = FewShotBatchSampler(
             val.labels, n_way, k_shot, include_query=True, seed=0, class_names=val.class_names

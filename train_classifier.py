@@ -40,7 +40,7 @@ from common.training_run import TrainingRun
 @dataclass
 class Config:
     # recipe
-    recipe: str = "plain"  # plain (the values below), teacher or best: see RECIPES; options win
+    recipe: str = "plain"  # plain (the values below), teacher or best; options override it
     # data
     dataset: str = "cifar100"  # cifar100, glyphs, or a file or folder of yours in data_dir
     data_dir: str = os.environ.get("PATH_DATASETS", "data")  # folder of the data sets
@@ -67,6 +67,7 @@ class Config:
     # run
     seed: int = 42  # of weights, batches and augmentation; validation episodes are always the same
     device: str = "auto"  # auto, cuda, mps or cpu
+    cuda_graphs: bool = True  # false: run CUDA steps eagerly, to debug one or to save memory
     checkpoint_dir: str = "checkpoints"  # checkpoints go to <checkpoint_dir>/<dataset>/
     resume: bool = False  # go on with the unfinished run
     overwrite: bool = False  # discard the unfinished run
@@ -111,6 +112,7 @@ def train_step(cfg, data, encoder, class_prototypes, teacher, optimizer, batch, 
     if teacher:  # it sees the same augmented images
         with torch.no_grad():
             teacher_logits = distance_logits(teacher[0](images), teacher[1])  # [B, C]
+            # Only the teacher is softened, so the loss needs no factor of temperature squared.
             probabilities = F.softmax(teacher_logits / cfg.temperature, dim=1)
         distillation = F.cross_entropy(logits, probabilities)
         loss = (1 - cfg.distillation_weight) * loss + cfg.distillation_weight * distillation
@@ -131,7 +133,7 @@ def main(cfg):
     val_images = data.normalize(data.val.images)
 
     teacher = load_teacher(cfg.teacher, data, device) if cfg.teacher else None
-    # Distances between features of one learned length are cosines with a learned temperature.
+    # All features have one learned length; the class prototypes are free.
     encoder = Encoder(cfg.proto_dim, unit_features=True).to(device)
     class_prototypes = torch.nn.Embedding(len(data.train.class_names), cfg.proto_dim)
     torch.nn.init.normal_(class_prototypes.weight, std=0.1)
@@ -141,7 +143,7 @@ def main(cfg):
     run = TrainingRun(cfg, "classifier", encoder, optimizer, generator, data, class_prototypes)
 
     step_fn = partial(train_step, cfg, data, encoder, class_prototypes, teacher, optimizer)
-    step_fn = CudaGraphStep(step_fn, device)
+    step_fn = CudaGraphStep(step_fn, device, cfg.cuda_graphs)
     for epoch in run.epochs():
         batches = random_batches(len(data.train.labels), cfg.batch_size, generator).to(device)
         views = EpochAugmentation(
@@ -149,7 +151,7 @@ def main(cfg):
         )
 
         encoder.train()
-        num_steps = min(cfg.steps_per_epoch or len(batches), len(batches))
+        num_steps = len(batches[: cfg.steps_per_epoch or None])
         for step in run.steps(num_steps):
             set_learning_rate(optimizer, one_cycle(cfg.lr, (epoch + step / num_steps) / cfg.epochs))
             run.track(*step_fn(batches[step], *views.of(step)))

@@ -53,7 +53,7 @@ from common.training_run import TrainingRun
 @dataclass
 class Config:
     # recipe
-    recipe: str = "tutorial"  # tutorial (the values below) or best: see RECIPES; options win
+    recipe: str = "tutorial"  # tutorial (the values below) or best; options override it
     # data
     dataset: str = "cifar100"  # cifar100, glyphs, or a file or folder of yours in data_dir
     data_dir: str = os.environ.get("PATH_DATASETS", "data")  # folder of the data sets
@@ -63,25 +63,26 @@ class Config:
     n_query: int = 4  # query images per class
     tasks_per_step: int = 16  # tasks (episodes) whose gradients make up one outer step
     val_way: int = 0  # classes per validation episode, at most all; 0: as n_way
+    val_episodes: int = 0  # validation episodes, each adapted to; 0: as many as the images give
     # model
     proto_dim: int = 64  # length of a feature vector and of a prototype
     output_init: str = "prototypes"  # of the output layer: prototypes (ProtoMAML) or zeros (MAML)
     init_from: str = ""  # checkpoint whose encoder to start from, feature length included
     # inner loop
-    batchnorm: str = "batch"  # BatchNorm's statistics: of the batch at hand, or frozen
+    batchnorm: str = "batch"  # BatchNorm's statistics: batch (support or query set) or frozen
     num_inner_steps: int = 1  # SGD steps on the support set in training
     lr_inner: float = 0.1  # learning rate of these steps for the encoder
     lr_output: float = 0.1  # learning rate of these steps for the output layer
     # optimizer
     epochs: int = 200  # passes over the training images
     lr: float = 1e-3  # learning rate of AdamW, the outer loop
-    lr_drops: tuple[float, ...] = (0.7, 0.9)  # it is divided by 10 after these shares of the epochs
+    lr_drops: tuple[float, ...] = (0.7, 0.9)  # shares of the epochs after which lr is divided by 10
     weight_decay: float = 0.01  # of AdamW
     steps_per_epoch: int = 0  # outer steps per epoch at most; 0: as many as the images give
     # run
-    val_episodes: int = 0  # validation episodes, each adapted to; 0: as many as the images give
     seed: int = 42  # of weights, episodes and augmentation; validation episodes are always the same
     device: str = "auto"  # auto, cuda, mps or cpu
+    cuda_graphs: bool = True  # false: run CUDA steps eagerly, to debug one or to save memory
     checkpoint_dir: str = "checkpoints"  # checkpoints go to <checkpoint_dir>/<dataset>/
     resume: bool = False  # go on with the unfinished run
     overwrite: bool = False  # discard the unfinished run
@@ -136,9 +137,11 @@ def solve_task(cfg, encoder, n_way, images, local, attached=True):
     y_spt = episode_labels(n_way, cfg.k_shot, images.device)  # [N*K]
     y_qry = episode_labels(n_way, cfg.n_query, images.device)  # [N*Q]
     x_spt, x_qry = images.split([len(y_spt), len(y_qry)])
-    # Inner loop: theta' = theta - lr_inner * gradient of the support loss, num_inner_steps times.
+    # Inner loop: theta' = theta - lr_inner * gradient of the support loss, num_inner_steps times
+    # (`inner_step` in common/inner_loop.py).
     local, weight, bias = adapt(encoder, x_spt, y_spt, n_way, InnerLoop.of(cfg), local, attached)
-    # What the outer loop minimises: the query loss of the adapted copy.
+    # What the outer loop minimises: the query loss of the adapted copy. With batchnorm "batch" the
+    # copy is still in train mode, and the queries are normalised by their own statistics.
     logits = F.linear(local(x_qry), weight, bias)  # [N*Q, N]
     return local, F.cross_entropy(logits, y_qry), accuracy(logits, y_qry)
 
@@ -195,16 +198,17 @@ def main(cfg):
     val_episodes = val_episodes[: cfg.val_episodes or None]
     val_images = data.normalize(data.val.images)
 
-    encoder = starting_encoder(cfg, data.split).to(device).train(cfg.batchnorm == "batch")
+    encoder = starting_encoder(cfg, data.split).to(device)
     optimizer = make_optimizer(encoder.parameters(), cfg.lr, cfg.weight_decay, device)
     model = "protomaml" if cfg.output_init == "prototypes" else "maml"
     run = TrainingRun(cfg, model, encoder, optimizer, sampler.generator, data)
 
     # Several tasks at a time, each on its own copy of the encoder.
     workers = Workers(device, cfg.tasks_per_step, encoder)
-    step_fn = CudaGraphStep(partial(outer_step, cfg, data, encoder, optimizer, workers), device)
+    step_fn = partial(outer_step, cfg, data, encoder, optimizer, workers)
+    step_fn = CudaGraphStep(step_fn, device, cfg.cuda_graphs)
     val_fn = partial(validation_step, cfg, encoder, workers, val_way, val_images)
-    val_fn = CudaGraphStep(val_fn, device)
+    val_fn = CudaGraphStep(val_fn, device, cfg.cuda_graphs)
     for epoch in run.epochs():
         lr = step_decay(cfg.lr, epoch, cfg.epochs, cfg.lr_drops)
         set_learning_rate(optimizer, lr)
@@ -212,7 +216,7 @@ def main(cfg):
         tasks = sampler.episodes().flatten(1).to(device)  # [steps, T*N*(K+Q)]
         views = EpochAugmentation(tasks, data.train.images, sampler.generator)
 
-        for step in run.steps(min(cfg.steps_per_epoch or len(tasks), len(tasks))):
+        for step in run.steps(len(tasks[: cfg.steps_per_epoch or None])):
             run.track(*step_fn(tasks[step], *views.of(step)))
 
         # Validation: adapt to episodes of other classes, always the same ones.

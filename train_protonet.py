@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 from common.augment import EpochAugmentation, augment
 from common.checkpoint import starting_encoder
@@ -31,8 +32,8 @@ from common.data import load_training_data
 from common.device import pick_device
 from common.encoder import encode_in_batches
 from common.optimizer import make_optimizer, set_learning_rate, step_decay
-from common.prototypes import episode_loss, mean_episode_loss
-from common.samplers import FewShotBatchSampler, validation_episodes
+from common.prototypes import accuracy, distance_logits, make_prototypes, mean_episode_loss
+from common.samplers import FewShotBatchSampler, episode_labels, validation_episodes
 from common.training_run import TrainingRun
 
 
@@ -54,12 +55,13 @@ class Config:
     # optimizer
     epochs: int = 200  # passes over the training images
     lr: float = 2e-4  # learning rate of AdamW
-    lr_drops: tuple[float, ...] = (0.7, 0.9)  # it is divided by 10 after these shares of the epochs
+    lr_drops: tuple[float, ...] = (0.7, 0.9)  # shares of the epochs after which lr is divided by 10
     weight_decay: float = 0.01  # of AdamW
     steps_per_epoch: int = 0  # episodes per epoch at most; 0: as many as the images give
     # run
     seed: int = 42  # of weights, episodes and augmentation; validation episodes are always the same
     device: str = "auto"  # auto, cuda, mps or cpu
+    cuda_graphs: bool = True  # false: run CUDA steps eagerly, to debug one or to save memory
     checkpoint_dir: str = "checkpoints"  # checkpoints go to <checkpoint_dir>/<dataset>/
     resume: bool = False  # go on with the unfinished run
     overwrite: bool = False  # discard the unfinished run
@@ -80,14 +82,17 @@ def train_step(cfg, data, encoder, optimizer, episode, *views):
     random crops, flips and colours.
     """
     images = data.normalize(augment(data.train.images[episode], *views))
-    # Support and query go through the encoder in one batch: BatchNorm's statistics are of both.
+    # Support and query go through the encoder in one batch: BatchNorm uses the statistics of both.
     features = encoder(images)  # [N*(K+Q), 3, H, W] -> [N*(K+Q), D]
-    # Prototypes from the support features; cross-entropy of the query features' distances to them.
-    loss, accuracy = episode_loss(features, cfg.n_way, cfg.k_shot)
+    support, query = features.split([cfg.n_way * cfg.k_shot, cfg.n_way * cfg.n_query])
+    prototypes = make_prototypes(support, cfg.n_way)  # [N, D], the mean feature of each class
+    logits = distance_logits(query, prototypes)  # [N*Q, N], minus the squared distances
+    labels = episode_labels(cfg.n_way, cfg.n_query, logits.device)  # [N*Q]
+    loss = F.cross_entropy(logits, labels)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    return loss.detach(), accuracy
+    return loss.detach(), accuracy(logits, labels)
 
 
 def main(cfg):
@@ -112,7 +117,8 @@ def main(cfg):
     optimizer = make_optimizer(encoder.parameters(), cfg.lr, cfg.weight_decay, device)
     run = TrainingRun(cfg, "protonet", encoder, optimizer, sampler.generator, data)
 
-    step_fn = CudaGraphStep(partial(train_step, cfg, data, encoder, optimizer), device)
+    step_fn = partial(train_step, cfg, data, encoder, optimizer)
+    step_fn = CudaGraphStep(step_fn, device, cfg.cuda_graphs)
     for epoch in run.epochs():
         lr = step_decay(cfg.lr, epoch, cfg.epochs, cfg.lr_drops)
         set_learning_rate(optimizer, lr)
@@ -123,7 +129,7 @@ def main(cfg):
         )
 
         encoder.train()
-        for step in run.steps(min(cfg.steps_per_epoch or len(episodes), len(episodes))):
+        for step in run.steps(len(episodes[: cfg.steps_per_epoch or None])):
             run.track(*step_fn(episodes[step], *views.of(step)))
 
         # Validation: other classes, always the same episodes; every image is encoded once.

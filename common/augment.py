@@ -1,9 +1,10 @@
 """The training augmentation, for a whole batch on its device.
 
-It does what torchvision's RandomHorizontalFlip and RandomResizedCrop(size, scale=(0.8, 1),
-ratio=(0.9, 1.1)) do to one image after another; only where no crop fits, in images far from
-square, it takes the whole image. The random numbers are drawn apart from their use: on the CPU,
-for an epoch at a time, so that every machine draws the same ones.
+It does what torchvision's RandomHorizontalFlip, RandomResizedCrop(size, scale=(least_scale, 1),
+ratio=(0.9, 1.1)) and, if wanted, ColorJitter (brightness, contrast, saturation, in this order) do
+to one image after another; only where no crop fits, in images far from square, it takes the whole
+image. The random numbers are drawn apart from their use: on the CPU, for an epoch at a time, so
+that every machine draws the same ones.
 """
 
 import math

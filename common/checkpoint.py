@@ -1,5 +1,6 @@
 """The checkpoint file: save, load, check."""
 
+import hashlib
 import io
 import os
 import warnings
@@ -12,7 +13,8 @@ from common.files import atomic_file
 from common.inner_loop import BATCHNORMS, OUTPUT_INITS
 from common.tutorial import is_lightning_file, read_lightning_file
 
-FORMAT = "few-shot checkpoint, version 1"
+FORMAT = "few-shot checkpoint, version 2"
+FIRST_FORMAT = "few-shot checkpoint, version 1"  # without a digest
 MODEL_NAMES = {
     "classifier": "Classifier",
     "protonet": "ProtoNet",
@@ -22,12 +24,12 @@ MODEL_NAMES = {
 
 
 def save_checkpoint(path, contents):
-    """Write a dict of tensors and plain values to `path` in one piece.
+    """Write a dict of tensors and plain values to `path` in one piece, with a digest of them.
 
     Raises UserError where that fails.
     """
     buffer = io.BytesIO()
-    torch.save(contents, buffer)
+    torch.save({**contents, "digest": content_digest(contents)}, buffer)
     with atomic_file(path) as temporary, open(temporary, "wb") as file:
         file.write(buffer.getbuffer())
 
@@ -35,8 +37,9 @@ def save_checkpoint(path, contents):
 def load_checkpoint(path):
     """Return the checkpoint in `path`, on the CPU: the dict that a training run saved.
 
-    The tutorial's Lightning files are read as well, completed with what they leave out. Code inside
-    a file is never run. Raises UserError where the file is missing, damaged, foreign or hostile.
+    Files of the first format and the tutorial's Lightning files have no digest: they are read with
+    a notice. Code inside a file is never run. Raises UserError where the file is missing, damaged,
+    foreign or hostile.
     """
     if not os.path.isfile(path):
         raise UserError(
@@ -55,12 +58,40 @@ def load_checkpoint(path):
             "foreign: train again or pass another file"
         ) from error
     if is_lightning_file(contents):
-        unsaid = {"format": FORMAT, "class_split": {}, "val_accuracy": None, "data_digest": None}
-        contents = {**unsaid, **read_lightning_file(contents, path)}
+        unsaid = {"class_split": {}, "val_accuracy": None, "data_digest": None}
+        contents = {**unsaid, **read_lightning_file(contents, path), "format": FIRST_FORMAT}
+    has_digest = _check_digest(contents, path)
     _check_contents(contents, path)
-    if contents["model"] == "protonet" and _was_classifying(contents):
-        contents["model"] = "classifier"
+    if not has_digest:
+        print(f"{path} carries no digest, so damage to it would go unnoticed")
+        if contents["model"] == "protonet" and _was_classifying(contents):
+            contents["model"] = "classifier"
     return contents
+
+
+def content_digest(value):
+    """Return the SHA-256, in hexadecimal, of nested dicts, lists, plain values and tensors.
+
+    Their types, their order and every bit of the tensors count; where these lie does not.
+    """
+    digest = hashlib.sha256()
+
+    def add(value):
+        kind = next((kind for kind in (dict, list, tuple) if isinstance(value, kind)), type(value))
+        if kind in (dict, list, tuple):
+            digest.update(f"{kind.__name__} {len(value)};".encode())
+            for item in value.items() if kind is dict else value:
+                add(item)
+        elif isinstance(value, torch.Tensor):
+            tensor = value.detach().cpu().contiguous()
+            digest.update(f"{tensor.dtype} {list(tensor.shape)};".encode())
+            digest.update(tensor.flatten().view(torch.uint8).numpy())
+        else:
+            text = repr(value).encode(errors="surrogatepass")
+            digest.update(f"{kind.__name__} {len(text)};".encode() + text)
+
+    add(value)
+    return digest.hexdigest()
 
 
 def encoder_of(checkpoint, path):
@@ -121,6 +152,32 @@ def first_line(error):
     return lines[0][:160] if lines else type(error).__name__
 
 
+def _check_digest(contents, path):
+    """Take the digest out of `contents`; return whether there is one.
+
+    Raises UserError where it is missing or does not fit.
+    """
+    found = contents.get("format") if isinstance(contents, dict) else type(contents).__name__
+    if found not in (FORMAT, FIRST_FORMAT):
+        raise UserError(
+            f"{path} is not a checkpoint of this project (found {str(found)[:60]!r}, needed "
+            f"{FORMAT!r}); pass another file"
+        )
+    digest = contents.pop("digest", None)
+    if digest is None and found == FIRST_FORMAT:
+        return False
+    try:
+        fits = digest == content_digest(contents)
+    except Exception:  # tensors of a kind that no checkpoint holds
+        fits = False
+    if not fits:
+        raise UserError(
+            f"{path} is damaged: its content does not fit its digest; pass another file or train "
+            "again"
+        )
+    return True
+
+
 def _was_classifying(contents):
     """Return whether a "protonet" saw no episode up to its best epoch.
 
@@ -132,12 +189,6 @@ def _was_classifying(contents):
 
 def _check_contents(contents, path):
     """Raise UserError unless `contents` has all that a test reads, each of the right kind."""
-    found = contents.get("format") if isinstance(contents, dict) else type(contents).__name__
-    if found != FORMAT:
-        raise UserError(
-            f"{path} is not a checkpoint of this project (found {str(found)[:60]!r}, needed "
-            f"{FORMAT!r}); pass another file"
-        )
     kinds = {
         "model": str,
         "dataset": str,

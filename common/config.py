@@ -43,7 +43,8 @@ def run_script(main, config_class, recipes=None):
         if sys.flags.dev_mode and not isinstance(error, UserError):
             raise
         sys.stdout.flush()
-        print(f"{script}: error: {_one_line(error)}", file=sys.stderr)
+        hint = "" if isinstance(error, UserError) else f"; python -X dev {script} ... shows where"
+        print(f"{script}: error: {_one_line(error)}{hint}", file=sys.stderr)
         code = 2
     others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
     if code and not all(thread.daemon for thread in others):

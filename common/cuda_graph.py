@@ -15,11 +15,12 @@ class CudaGraphStep:
     function: takes tensors of the same shapes at every call, computes on them and on tensors of
     its own without reading a value on the host, and returns a tuple of tensors. What it changes in
     place (weights, optimizer state) changes at every call, eager or replayed.
+    enabled: if False, the function is just called on CUDA, too.
     """
 
-    def __init__(self, function, device):
+    def __init__(self, function, device, enabled=True):
         self.function, self.graph, self.calls = function, None, 0
-        self.wanted = device.type == "cuda"
+        self.wanted = enabled and device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if self.wanted else None
 
     def __call__(self, *inputs):

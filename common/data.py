@@ -126,7 +126,7 @@ def load_dataset(name, data_dir):
     if name not in SOURCES:
         raise UserError(
             f"there is no data set {name!r}: found neither {file} nor the folder {folder}; put "
-            f"one there (see README, Your own data) or take one of {', '.join(SOURCES)}"
+            f"one there (see README.md, section Data) or take one of {', '.join(SOURCES)}"
         )
     images, labels, class_names = SOURCES[name](name, Path(data_dir))
     with atomic_file(file) as temporary:

@@ -15,13 +15,8 @@ def pick_device(name):
     Raises UserError where the device is not there. On CUDA, float32 products may use TF32.
     """
     if name == "auto":
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+        found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        name = next((name for name, there in found.items() if there), "cpu")
     if not re.fullmatch(r"cpu|mps|cuda(:\d)?", name):
         raise UserError(
             f"there is no device {name!r} here; pass --device=auto, --device=cuda (cuda:1 and so "
@@ -36,9 +31,8 @@ def pick_device(name):
             f"device {name!r} cannot be used here ({reason}); pass --device=auto or --device=cpu"
         ) from error
     if device.type == "cuda":
-        torch.cuda.set_device(
-            device.index or 0
-        )  # streams and graphs are made on the current device
+        # Streams and graphs are made on the current device.
+        torch.cuda.set_device(device.index or 0)
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True  # few shapes, each of them many times

@@ -15,8 +15,8 @@ class Encoder(DenseNet):
     With them it has 962,912 parameters, initialised from torch's global random number generator and
     stored channels last, which convolutions on the CPU and on recent GPUs prefer.
 
-    unit_features: give every feature vector one learned length s. A softmax over distances of such
-    vectors is one over cosines with temperature 1 / (2 s^2): the learned temperature of Chen et al.
+    unit_features: give every feature vector one learned length s. Between two such vectors a and b,
+    -|a - b|^2 is, up to a constant, 2 s^2 times the cosine: the learned temperature of Chen et al.
     2021, "Meta-Baseline", as part of the encoder, so that all that follows stays the same.
     """
 
@@ -93,9 +93,9 @@ def conv1x1(x, weight):
 def conv3x3(x, weight):
     """Convolve x [B, C, H, W] with weight [D, C, 3, 3], zero-padded so that its size stays.
 
-    In the last two blocks the images are 2x2 pixels and a single one, and a convolution on the CPU
-    spends most of its time on the padding. There every output pixel sees every input pixel through
-    one tap of the kernel: a matrix product again.
+    In the last two blocks the feature maps are 2x2 and 1x1, where a convolution on the CPU spends
+    most of its time on the padding. There every output pixel sees every input pixel through one tap
+    of the kernel: a matrix product again.
     """
     height, width = x.shape[2:]
     if x.device.type != "cpu" or max(height, width) > 2:

@@ -119,7 +119,7 @@ def copy_weights(source, target):
 
 @torch.no_grad()
 def hand_over_gradients(encoder, gradients):
-    """Set the encoder's gradients to the sum over its tasks: `gradients`, one list per task."""
+    """Set the encoder's gradients to the sum over the tasks: `gradients`, one list per task."""
     total = list(gradients[0])
     for more in gradients[1:]:
         total = torch._foreach_add(total, more)
@@ -134,7 +134,7 @@ def running_statistics(local):
 
 @torch.no_grad()
 def follow_statistics(encoder, statistics):
-    """Set the encoder's BatchNorm statistics to the mean over its tasks: one list per task.
+    """Set the encoder's BatchNorm statistics to the mean over the tasks: one list per task.
 
     Adaptation leaves the encoder's own alone, so the outer loop has to carry them along: a test
     starts from them.

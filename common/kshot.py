@@ -71,7 +71,7 @@ def adapted_accuracies(
     inner_loop,
     progress=iter,
     mirror=False,
-    in_graph=None,
+    in_graph=False,
 ):
     """Return the accuracy of each support set, float64 [S], after adaptation to it.
 
@@ -81,11 +81,12 @@ def adapted_accuracies(
     images [N, 3, H, W], normalised, and their labels int64 [N]; sets int64 [S, n_way * k].
     inner_loop: the InnerLoop. progress wraps the support sets, to show how far the test is.
     mirror: the support set includes its mirror images, and the logits of a query are the mean of
-    its own and its mirror image's. in_graph: run the inner steps as a CUDA graph (None: on CUDA).
+    its own and its mirror image's. in_graph: run the inner steps as a CUDA graph.
     Raises UserError where an adaptation diverges.
     """
     workers = Workers(images.device, len(sets), encoder)
-    views, batch_size = 2 if mirror else 1, 500 if images.device.type == "cpu" else 2000
+    views = 2 if mirror else 1  # of each image
+    batch_size = 500 if images.device.type == "cpu" else 2000
     sets = sets.to(images.device)
     y_spt = episode_labels(n_way, sets.shape[1] // n_way * views, images.device)
 
@@ -111,7 +112,7 @@ def adapted_accuracies(
             support, *adapt(encoder, x_spt, y_spt, n_way, inner_loop, local, attached=False)
         )
 
-    if images.is_cuda if in_graph is None else in_graph:
+    if in_graph:
         models = _adapt_in_graph(
             encoder, sets, lambda support: view(images[support]), y_spt, n_way, inner_loop, workers
         )

@@ -56,5 +56,5 @@ def mean_episode_loss(features, episodes, n_way, k_shot):
 
 
 def accuracy(logits, labels):
-    """Return the share of logits [B, N] whose largest is that of the label [B]."""
+    """Return the share of rows of logits [B, N] whose largest entry is at the label [B]."""
     return (logits.argmax(dim=1) == labels).float().mean()

@@ -4,6 +4,7 @@ Two files with different purposes: `<model>.pt`, the best epoch, which tests rea
 `<model>_last.pt`, the newest state, which only a resumed run reads.
 """
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -35,7 +36,15 @@ from common.optimizer import set_learning_rate
 SAVE_EVERY = 120  # seconds between two saves inside an epoch
 LOG_EVERY = 20  # steps between two looks at the loss: on a GPU a look waits for all work before it
 # Config fields that do not affect the result: neither stored nor compared on resume.
-NOT_STORED = ("recipe", "data_dir", "checkpoint_dir", "device", "resume", "overwrite")
+NOT_STORED = (
+    "recipe",
+    "data_dir",
+    "checkpoint_dir",
+    "device",
+    "cuda_graphs",
+    "resume",
+    "overwrite",
+)
 
 
 class TrainingRun:
@@ -172,6 +181,7 @@ class TrainingRun:
                 found = f"there is nothing to resume: found no {self.last_path}"
                 raise UserError(f"{found}; start without --resume=true")
             self._resume(last)
+            self._lock()
             return
         if last is not None:
             done, planned = last["epoch"], last["config"]["epochs"]
@@ -181,6 +191,7 @@ class TrainingRun:
                     f"done, {last['step']} steps of the next); add --resume=true to continue it or "
                     "--overwrite=true to discard it"
                 )
+        self._lock()
         if os.path.exists(self.best_path):
             earlier = os.path.join(self.folder, f"{self.model}_previous.pt")
             with atomic_file(earlier) as temporary:
@@ -189,6 +200,30 @@ class TrainingRun:
         # A stop within the first minutes then finds something to resume, and a folder that cannot
         # be written is noticed now.
         self._save_last()
+
+    def _lock(self):
+        """Keep other processes from training the same model in the same folder meanwhile.
+
+        The operating system gives the lock back when the process ends, however it ends. Raises
+        UserError where another process holds it, or where the folder cannot be written.
+        """
+        path = os.path.join(self.folder, f".{self.model}.lock")
+        try:
+            os.makedirs(self.folder, exist_ok=True)
+            self.lock = open(path, "w")
+            with contextlib.suppress(ImportError):  # Windows has no fcntl
+                import fcntl
+
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another run trains a {self.model} in {self.folder} right now; wait until it has "
+                "ended or pass another --checkpoint_dir"
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"cannot write {path}: {error.strerror}; choose another folder, --checkpoint_dir"
+            ) from error
 
     def _resume(self, last):
         # An option that is younger than the file had its default.

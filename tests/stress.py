@@ -1,13 +1,16 @@
-"""Kill training and evaluation with SIGKILL at random moments, resume them, and compare.
+"""Kill the scripts with SIGKILL at random moments, resume them, and compare; damage their files.
 
     python tests/stress.py --kills=100
+    python tests/stress.py --kills=0 --files=5000
 
-Prints one row per script and exits with 1 if anything was lost against an uninterrupted run: a
-damaged file, a result that differs by a single bit, a finished result that is computed again, a
-temporary file left behind.
+The first prints one row per script and exits with 1 if anything was lost against an uninterrupted
+run: a damaged file, a result that differs by a single bit, a finished result that is computed
+again, a temporary file left behind. The second damages so many copies of a file of each kind at
+random and exits with 1 if one was accepted with other content, or ended in anything but one line.
 """
 
 import argparse
+import collections
 import contextlib
 import json
 import os
@@ -28,7 +31,10 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # started as a script, it sees only its own folder
 
+import train_protonet  # noqa: E402
 from common.checkpoint import encoder_of, load_checkpoint  # noqa: E402
+from common.config import UserError, parse_config  # noqa: E402
+from common.data import load_dataset  # noqa: E402
 from common.glyphs import draw_glyph_digits, draw_glyphs  # noqa: E402
 
 # The real script, but saving within an epoch every few steps: a kill then often finds a state
@@ -164,7 +170,8 @@ def versions(folder):
 
 def files_of(folder):
     """Return all finished files under `folder`."""
-    return [path for path in folder.rglob("*") if path.is_file() and ".tmp" not in path.name]
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
+    return [path for path in paths if ".tmp" not in path.name]
 
 
 def temporary_files(folder):
@@ -270,17 +277,104 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     kills_help = "kills in all, shared out among the scripts (default: 100)"
     parser.add_argument("--kills", type=int, default=100, help=kills_help)
-    seed_help = "of the moments of the kills (default: 0)"
+    files_help = "damaged copies of each kind of file (default: 0)"
+    parser.add_argument("--files", type=int, default=0, help=files_help)
+    seed_help = "of the moments of the kills and of the damage (default: 0)"
     parser.add_argument("--seed", type=int, default=0, help=seed_help)
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        return stress(Path(folder), options.kills, options.seed)
+        folder = Path(folder)
+        make_data(folder)
+        bad_files = options.files and fuzz_files(folder, options.files, options.seed)
+        lost = options.kills and stress(folder, options.kills, options.seed)
+    return 1 if bad_files or lost else 0
+
+
+def fuzz_files(folder, count, seed):
+    """Damage copies of a checkpoint, a `_last.pt` and a data set; print the table.
+
+    Returns how many were accepted wrongly or ended in a traceback.
+    """
+    where = [f"--data_dir={folder}", f"--checkpoint_dir={folder}", "--device=cpu"]
+    arguments = [*SMALL_EPISODES, *where, "--epochs=1", "--steps_per_epoch=2"]
+    with contextlib.redirect_stdout(None):
+        train_protonet.main(parse_config(train_protonet.Config, arguments))
+    trained = folder / "glyphs"
+    files = [trained / "protonet.pt", trained / "protonet_last.pt", folder / "glyphs.npz"]
+    print(f"{'file':<20}" + "".join(f"{name:>18}" for name in ("tried", *OUTCOMES)))
+    print("-" * 110)
+    bad = 0
+    for path in files:
+        read = dataset_reader(path) if path.suffix == ".npz" else checkpoint_reader(path)
+        found = fuzz(path, path.read_bytes(), read, count, seed)
+        print(f"{path.name:<20}{count:>18}" + "".join(f"{found[name]:>18}" for name in OUTCOMES))
+        bad += found["accepted wrongly"] + found["tracebacks"]
+    return bad
+
+
+OUTCOMES = ("refused", "unchanged", "accepted wrongly", "tracebacks")
+
+
+def fuzz(path, whole, read, count, seed):
+    """Damage the file `path`, whose bytes are `whole`, `count` times; return a Counter of OUTCOMES.
+
+    read: returns whether the content is that of the whole file; raises UserError to refuse it.
+    """
+    rng, outcomes = random.Random(seed), collections.Counter()
+    for _ in range(count):
+        path.write_bytes(damaged(whole, rng))
+        try:
+            outcomes["unchanged" if read() else "accepted wrongly"] += 1
+        except UserError as error:
+            outcomes["refused" if "\n" not in str(error) else "tracebacks"] += 1
+        except Exception:
+            outcomes["tracebacks"] += 1
+    path.write_bytes(whole)
+    return outcomes
+
+
+def damaged(whole, rng):
+    """Return the bytes with a bit flipped, cut off, zeroed, something put in, or ranges swapped."""
+    content, start = bytearray(whole), rng.randrange(len(whole))
+    end = min(start + rng.choice((1, 16, 512, 8192)), len(whole))
+    kind = rng.choice(("flip", "cut", "zero", "insert", "swap"))
+    if kind == "flip":
+        content[start] ^= 1 << rng.randrange(8)
+    elif kind == "cut":
+        del content[start:]
+    elif kind == "zero":
+        content[start:end] = bytes(end - start)
+    elif kind == "insert":
+        content[start:start] = rng.randbytes(end - start)
+    else:
+        other = rng.randrange(len(whole) - (end - start) + 1)
+        there = whole[other : other + end - start]
+        content[other : other + end - start] = whole[start:end]
+        content[start:end] = there
+    return bytes(content)
+
+
+def checkpoint_reader(path):
+    """Return a function that says whether the checkpoint `path` still has today's content."""
+    expected = load_checkpoint(path)
+
+    def read():
+        contents = load_checkpoint(path)
+        encoder_of(contents, path)
+        return same_value(contents, expected)
+
+    return read
+
+
+def dataset_reader(path):
+    """Return a function that says whether the data set `path` still has today's content."""
+    expected = load_dataset(path.stem, path.parent).digest()
+    return lambda: load_dataset(path.stem, path.parent).digest() == expected
 
 
 def stress(folder, kills, seed):
-    """Kill all scripts, print the table, return the exit code."""
-    make_data(folder)
+    """Kill all scripts, print the table, return how much was lost."""
     test = [
         "--dataset=glyphs",
         f"--data_dir={folder}",
@@ -323,7 +417,7 @@ def stress(folder, kills, seed):
     print_row("all", *total)
     for *_, losses in results:
         print(*losses, sep="\n", end="\n" if losses else "")
-    return 1 if total[3] else 0
+    return total[3]
 
 
 def print_row(name, kills, resumes, checked, losses):

@@ -18,7 +18,7 @@ import evaluate
 import train_classifier
 import train_protomaml
 import train_protonet
-from common.checkpoint import FORMAT, encoder_of, load_checkpoint
+from common.checkpoint import FORMAT, encoder_of, load_checkpoint, save_checkpoint
 from common.config import UserError, changed_values, parse_config
 from common.data import load_dataset, split_classes
 from common.encoder import Encoder
@@ -182,7 +182,7 @@ def evaluate_file(path, glyph_dir, tmp_path, *more, model="protonet"):
 
 @pytest.mark.parametrize("model", ["classifier", "protonet", "maml", "protomaml"])
 def test_the_untouched_small_checkpoint_is_accepted(model, class_names, glyph_dir, tmp_path):
-    torch.save(tiny_checkpoint(class_names, model), tmp_path / "good.pt")
+    save_checkpoint(tmp_path / "good.pt", tiny_checkpoint(class_names, model))
     assert evaluate_file(tmp_path / "good.pt", glyph_dir, tmp_path, model=model) == 0
 
 
@@ -214,7 +214,7 @@ def test_the_untouched_small_checkpoint_is_accepted(model, class_names, glyph_di
 def test_a_checkpoint_that_does_not_fit_is_refused(
     changes, message, class_names, glyph_dir, tmp_path, recwarn
 ):
-    torch.save({**tiny_checkpoint(class_names), **changes}, tmp_path / "bad.pt")
+    save_checkpoint(tmp_path / "bad.pt", {**tiny_checkpoint(class_names), **changes})
     with pytest.raises(UserError, match=message) as error:
         evaluate_file(tmp_path / "bad.pt", glyph_dir, tmp_path)
     assert one_line(error) and not recwarn.list  # a warning would be a second line
@@ -235,7 +235,7 @@ def test_a_protomaml_checkpoint_without_its_inner_loop_is_refused(
     config, class_names, glyph_dir, tmp_path
 ):
     contents = {**tiny_checkpoint(class_names, "protomaml"), "config": config}
-    torch.save(contents, tmp_path / "bad.pt")
+    save_checkpoint(tmp_path / "bad.pt", contents)
     with pytest.raises(UserError, match="bad.pt") as error:
         evaluate_file(tmp_path / "bad.pt", glyph_dir, tmp_path, model="protomaml")
     assert one_line(error)
@@ -249,7 +249,7 @@ def test_a_protomaml_checkpoint_without_its_inner_loop_is_refused(
 def test_a_trainer_refuses_a_checkpoint_that_does_not_fit_before_anything_is_written(
     module, option, class_names, glyph_dir, tmp_path
 ):
-    torch.save({**tiny_checkpoint(class_names), "state_dict": {}}, tmp_path / "bad.pt")
+    save_checkpoint(tmp_path / "bad.pt", {**tiny_checkpoint(class_names), "state_dict": {}})
     with pytest.raises(UserError, match="bad.pt: the weights do not fit") as error:
         train(module, glyph_dir, tmp_path / "checkpoints", f"{option}={tmp_path / 'bad.pt'}")
     assert one_line(error)
@@ -258,7 +258,7 @@ def test_a_trainer_refuses_a_checkpoint_that_does_not_fit_before_anything_is_wri
 
 @pytest.mark.parametrize("k_shot", [24, 25, 10**30])
 def test_more_shots_than_a_class_has_images_are_refused(k_shot, class_names, glyph_dir, tmp_path):
-    torch.save(tiny_checkpoint(class_names), tmp_path / "good.pt")
+    save_checkpoint(tmp_path / "good.pt", tiny_checkpoint(class_names))
     message = f"k = {k_shot} needs more than {k_shot} images of each class, found 24"
     with pytest.raises(UserError, match=message):
         evaluate_file(tmp_path / "good.pt", glyph_dir, tmp_path, f"--k_shots=2,{k_shot}")
@@ -268,9 +268,9 @@ def test_more_shots_than_a_class_has_images_are_refused(k_shot, class_names, gly
 def test_checkpoints_of_different_class_splits_do_not_share_a_table(
     class_names, glyph_dir, tmp_path
 ):
-    torch.save(tiny_checkpoint(class_names), tmp_path / "first.pt")
+    save_checkpoint(tmp_path / "first.pt", tiny_checkpoint(class_names))
     other_split = {"class_split": split_classes(class_names, seed=1)}
-    torch.save({**tiny_checkpoint(class_names, "maml"), **other_split}, tmp_path / "second.pt")
+    save_checkpoint(tmp_path / "second.pt", {**tiny_checkpoint(class_names, "maml"), **other_split})
     second = f"--maml={tmp_path / 'second.pt'}"
     with pytest.raises(
         UserError, match="first.pt and .*second.pt were trained on different classes"
@@ -311,7 +311,7 @@ def errors_of(runs):
 
 def test_the_scripts_end_with_exit_code_2_and_one_line(class_names, glyph_dir, tmp_path):
     (tmp_path / "file").write_text("mine")
-    torch.save(tiny_checkpoint(class_names), tmp_path / "good.pt")
+    save_checkpoint(tmp_path / "good.pt", tiny_checkpoint(class_names))
     data, good = (
         ["--dataset=glyphs", f"--data_dir={glyph_dir}"],
         f"--protonet={tmp_path / 'good.pt'}",
@@ -482,7 +482,7 @@ def load_and_build(path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_any_damage_to_a_checkpoint_is_survived(tmp_path):
-    torch.save(tiny_checkpoint(list("abcdef")), tmp_path / "whole.pt")
+    save_checkpoint(tmp_path / "whole.pt", tiny_checkpoint(list("abcdef")))
     whole = (tmp_path / "whole.pt").read_bytes()
 
     @settings(FEW, max_examples=300)
@@ -530,7 +530,7 @@ def test_any_values_in_a_checkpoint_are_survived(tmp_path):
             contents["hyper_parameters"] = hyperparameters
         target = contents if len(place) == 1 else contents[place[0]]
         target[place[-1]] = value
-        torch.save(contents, tmp_path / "fuzzed.pt")
+        save_checkpoint(tmp_path / "fuzzed.pt", contents)
         load_and_build(tmp_path / "fuzzed.pt")
 
     check()

@@ -8,7 +8,14 @@ import pytest
 import stress
 import torch
 
-from common.checkpoint import FORMAT, encoder_of, load_checkpoint, save_checkpoint
+from common.checkpoint import (
+    FIRST_FORMAT,
+    FORMAT,
+    content_digest,
+    encoder_of,
+    load_checkpoint,
+    save_checkpoint,
+)
 from common.config import UserError
 from common.data import CIFAR100_MEAN
 from common.encoder import Encoder
@@ -36,7 +43,6 @@ def contents_of(model="protonet", epoch=2, **config):
 def test_what_is_saved_is_loaded_again_without_running_code(tmp_path):
     contents = contents_of()
     save_checkpoint(tmp_path / "model.pt", contents)
-    assert stress.same_value(torch.load(tmp_path / "model.pt", weights_only=True), contents)
     assert stress.same_value(load_checkpoint(tmp_path / "model.pt"), contents)
 
 
@@ -68,8 +74,8 @@ def test_the_encoder_of_a_checkpoint_computes_what_the_saved_one_did(tmp_path):
 def test_a_protonet_that_saw_no_episode_is_read_as_a_classifier(
     model, epoch, config, expected, tmp_path
 ):
-    contents = contents_of(model, epoch, **config)
-    save_checkpoint(tmp_path / "model.pt", contents)
+    contents = {**contents_of(model, epoch, **config), "format": FIRST_FORMAT}
+    torch.save(contents, tmp_path / "model.pt")
     found = load_checkpoint(tmp_path / "model.pt")
     assert stress.same_value(found, {**contents, "model": expected})
 
@@ -200,3 +206,63 @@ def test_a_lightning_file_loads_as_it_is(hyperparameters, model, tmp_path):
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(encoder_of(contents, "tutorial.ckpt")(images), encoder(images))
+
+
+# Damage
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """The path of a checkpoint file, and what is in it."""
+    contents = contents_of()
+    save_checkpoint(tmp_path / "saved.pt", contents)
+    return tmp_path / "saved.pt", contents
+
+
+def test_damage_anywhere_in_a_file_is_refused_or_changes_nothing(saved):
+    path, contents = saved
+    whole = path.read_bytes()
+    outcomes = stress.fuzz(path, whole, stress.checkpoint_reader(path), count=300, seed=1)
+    assert outcomes["accepted wrongly"] == outcomes["tracebacks"] == 0
+    assert outcomes["refused"] > 200
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda contents: contents["state_dict"]["classifier.bias"].fill_(7),
+        lambda contents: contents.update(epoch=4),
+        lambda contents: contents.update(epoch=2.0),
+        lambda contents: contents.update(mean=[0.5, 0.5, 0.5]),
+        lambda contents: contents["config"].update(epochs=4),
+        lambda contents: contents["class_split"]["test"].reverse(),
+        lambda contents: contents["state_dict"].update(more=torch.zeros(1)),
+        lambda contents: contents.pop("val_accuracy"),
+    ],
+)
+def test_any_change_of_the_content_changes_its_digest(change, saved):
+    path, _ = saved
+    contents = torch.load(path, weights_only=True)
+    change(contents)
+    torch.save(contents, path)
+    with pytest.raises(UserError, match="saved.pt is damaged: its content does not fit its digest"):
+        load_checkpoint(path)
+
+
+def test_the_digest_does_not_depend_on_where_tensors_lie_in_memory():
+    tensor = torch.arange(24.0).view(2, 3, 2, 2)
+    other = tensor.to(memory_format=torch.channels_last)
+    assert content_digest({"a": tensor}) == content_digest({"a": other})
+    assert content_digest({"a": tensor}) != content_digest({"a": tensor.double()})
+    assert content_digest({"a": tensor}) != content_digest({"a": tensor.view(3, 2, 2, 2)})
+
+
+def test_a_file_without_its_digest_is_refused_unless_it_is_of_the_first_format(saved, capsys):
+    path, contents = saved
+    torch.save(contents, path)
+    with pytest.raises(UserError, match="does not fit its digest"):
+        load_checkpoint(path)
+    torch.save({**contents, "format": FIRST_FORMAT}, path)
+    assert load_checkpoint(path)["epoch"] == 2
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1 and "saved.pt carries no digest" in printed

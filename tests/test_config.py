@@ -492,8 +492,8 @@ def test_a_user_error_becomes_one_line_and_code_2(dev_mode, monkeypatch, capsys)
 def test_a_librarys_own_error_becomes_one_line_with_its_class_and_code_2(
     error, words, monkeypatch, capsys
 ):
-    main = failing(error)
-    assert run(main, [], monkeypatch, capsys) == (2, "", f"script.py: error: {words}\n")
+    line = f"script.py: error: {words}; python -X dev script.py ... shows where\n"
+    assert run(failing(error), [], monkeypatch, capsys) == (2, "", line)
 
 
 def test_a_librarys_own_error_keeps_its_traceback_in_dev_mode(monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """The four real scripts, end to end, as their own processes with tiny budgets on small glyphs."""
 
 import csv
+import errno
 import itertools
 import json
 import math
@@ -23,7 +24,8 @@ import evaluate
 import train_classifier
 import train_protomaml
 import train_protonet
-from common.config import parse_config
+from common.checkpoint import load_checkpoint, save_checkpoint
+from common.config import UserError, parse_config
 from common.data import load_dataset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -253,9 +255,9 @@ def test_unseen_domains_may_have_an_inner_loop_of_their_own(tested, evaluate_sma
 
 def test_results_of_other_weights_are_not_reused(tested, trained, evaluate_small, tmp_path):
     folder = copied(tested, tmp_path)
-    contents = torch.load(trained[0] / "glyphs" / "protonet.pt")
+    contents = load_checkpoint(trained[0] / "glyphs" / "protonet.pt")
     contents["state_dict"]["classifier.bias"] += 1
-    torch.save(contents, tmp_path / "other.pt")
+    save_checkpoint(tmp_path / "other.pt", contents)
     printed = evaluate_small(folder, "--domains=", f"--protonet={tmp_path / 'other.pt'}")
     assert "protonet on glyphs, k = 2: reused" not in printed
     assert "pixels on glyphs, k = 2: reused" in printed  # no weights in it
@@ -377,3 +379,71 @@ def test_the_help_of_a_script_is_printed_and_nothing_else_happens():
     line = r"--n_way=int\s+classes per training episode \(default 5\)"
     assert re.search(line, process.stdout)
     assert "config:" not in process.stdout
+
+
+# Kept results
+
+
+def changed_accuracy(row):
+    return json.dumps({**row, "accuracy": 0.99})
+
+
+def changed_accuracy_and_no_digest(row):
+    return json.dumps({name: row[name] for name in row if name != "digest"})
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda row: '{"a": 1}',
+        lambda row: "[1, 2]",
+        lambda row: "null",
+        lambda row: '"text"',
+        lambda row: "",
+        lambda row: json.dumps(row)[:100],
+        changed_accuracy,
+        changed_accuracy_and_no_digest,
+    ],
+    ids=["foreign", "list", "null", "text", "empty", "cut", "changed", "without digest"],
+)
+def test_a_kept_result_that_is_damaged_or_foreign_is_computed_anew(
+    spoil, tested, evaluate_small, tmp_path
+):
+    folder = copied(tested, tmp_path)
+    before = (folder / "accuracy.json").read_bytes()
+    for path in (folder / ".cache").glob("*.json"):
+        row = json.loads(path.read_text())
+        if (row["model"], row["dataset"]) == ("pixels", "glyphs"):
+            path.write_text(spoil(row))
+    printed = evaluate_small(folder)
+    assert printed.count("is damaged or foreign: this result is computed anew") == 2
+    assert (folder / "accuracy.json").read_bytes() == before
+
+
+def test_a_kept_result_under_the_name_of_another_is_computed_anew(tested, evaluate_small, tmp_path):
+    folder = copied(tested, tmp_path)
+    before = (folder / "accuracy.json").read_bytes()
+    first, second, *_ = sorted((folder / ".cache").glob("*.json"))
+    second.write_bytes(first.read_bytes())
+    assert f"{second} is damaged or foreign" in evaluate_small(folder)
+    assert (folder / "accuracy.json").read_bytes() == before
+
+
+def test_a_disk_that_fills_up_during_a_test_loses_no_finished_result(
+    tested, evaluate_small, tmp_path, monkeypatch
+):
+    written, fsync = [], os.fsync
+
+    def fill_up(descriptor):
+        written.append(descriptor)
+        if len(written) > 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fill_up)
+        with pytest.raises(UserError, match="cannot write .*No space left on device; free some"):
+            evaluate_small(tmp_path)
+    assert not stress.temporary_files(tmp_path)
+    assert evaluate_small(tmp_path).count("reused") == 3
+    assert (tmp_path / "accuracy.json").read_bytes() == (tested[0] / "accuracy.json").read_bytes()

@@ -1,5 +1,6 @@
 """The life of a training run: after any stop it goes on as if there had been none."""
 
+import errno
 import os
 import resource
 import shlex
@@ -464,3 +465,67 @@ def test_a_full_disk_leaves_no_half_written_data_set(tmp_path):
     assert len(errors.splitlines()) == 1
     assert "cannot write" in errors and "glyph_digits.npz" in errors
     assert not bytes_of(tmp_path)
+
+
+# Other disturbances
+
+
+def test_a_second_run_on_the_same_folder_is_refused_while_the_first_is_at_work(
+    uninterrupted, glyph_dir, tmp_path
+):
+    process = start_script("protonet", *command_line("protonet", glyph_dir, tmp_path))
+    seen = ""
+    while "epoch 1/" not in seen:
+        character = process.stderr.read(1)
+        assert character, seen
+        seen += character
+    process.send_signal(signal.SIGSTOP)  # it stays at work, however fast it is
+    for more in ("--overwrite=true", "--resume=true"):
+        with pytest.raises(UserError, match="another run trains a protonet in .* right now"):
+            train("protonet", glyph_dir, tmp_path, more)
+    train("protomaml", glyph_dir, tmp_path)  # another model may
+    process.send_signal(signal.SIGCONT)
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert_same_run(uninterrupted["protonet"], tmp_path)
+
+
+def test_a_data_file_replaced_during_a_run_does_not_enter_it(
+    uninterrupted, glyph_dir, tmp_path, monkeypatch
+):
+    data_dir = shutil.copytree(glyph_dir, tmp_path / "data")
+    checkpoints = tmp_path / "checkpoints"
+    train_until("inside the second epoch", "protonet", data_dir, checkpoints, monkeypatch)
+    end_epoch = training_run.TrainingRun.end_epoch
+
+    def replace_and_end(self, *arguments):
+        with np.load(glyph_dir / "glyphs.npz") as arrays:
+            np.savez(data_dir / "glyphs.npz", **{**arrays, "images": 255 - arrays["images"]})
+        end_epoch(self, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training_run.TrainingRun, "end_epoch", replace_and_end)
+        train("protonet", data_dir, checkpoints, "--resume=true")
+    assert_same_run(uninterrupted["protonet"], checkpoints)
+    with pytest.raises(UserError, match="images of the data set changed"):
+        train("protonet", data_dir, checkpoints, "--resume=true", "--epochs=4")
+
+
+def test_a_folder_on_a_read_only_file_system_is_one_message(glyph_dir, tmp_path, monkeypatch):
+    def refuse(path, *arguments, **options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+
+    monkeypatch.setattr(os, "makedirs", refuse)
+    with pytest.raises(UserError, match="cannot write .*Read-only file system.*another folder"):
+        train("protonet", glyph_dir, tmp_path / "checkpoints")
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_damaged_last_file_is_not_resumed(unfinished, glyph_dir):
+    path = unfinished / "glyphs" / "protonet_last.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # among the weights
+    path.write_bytes(content)
+    for more in ([], ["--resume=true"]):
+        with pytest.raises(UserError, match="protonet_last.pt is damaged"):
+            train("protonet", glyph_dir, unfinished, *more)
