@@ -8,7 +8,7 @@
 Writes accuracy.json, .csv and .md and the figures into results/. What is already there for the same
 checkpoint, data and settings is not computed again.
 
-On 2 CPU cores the first line takes about 5 minutes. A complete test by nearest prototype takes
+On 2 CPU cores the first line takes about 4 minutes. A complete test by nearest prototype takes
 20 s. ProtoMAML and MAML adapt to every support set, which takes hours; --recipe=quick adapts to
 four per k.
 """
@@ -341,8 +341,8 @@ class Progress:
         self.costs = {}
         if minutes > 1:
             tqdm.write(
-                f"{self.title}: about {minutes:.0f} minutes in all; fewer with --recipe=quick, "
-                "--max_support_sets=N or --num_inner_steps=N"
+                f"{self.title}: about {minutes:.0f} min in all; less with --max_support_sets=N or "
+                "--num_inner_steps=N (--recipe=quick sets both)"
             )
 
 

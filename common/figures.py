@@ -80,7 +80,7 @@ def plot_examples(image_set, path, rows=2, columns=10):
     chosen = [position * classes // count for position in range(count)]
     columns = min(columns, count)
     rows = math.ceil(count / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.25 * columns, 1.7 * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.25 * columns, 1.8 * rows), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, c in zip(axes.flat, chosen):
@@ -88,7 +88,7 @@ def plot_examples(image_set, path, rows=2, columns=10):
         axis.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
         axis.set_title(_wrapped(image_set.class_names[c]), fontsize=7)
     figure.suptitle(f"Examples of {image_set.name}")
-    figure.tight_layout()
+    figure.tight_layout(h_pad=1.5)
     save_figure(figure, path)
 
 
@@ -168,7 +168,7 @@ def _grid(images, columns, gap=2):
 
 
 def _wrapped(name):
-    """Break a class name into lines of up to 14 characters, at spaces and after underscores."""
-    wrapper = textwrap.TextWrapper(14, break_on_hyphens=False)
+    """Break a class name into lines of up to 16 characters, at spaces and after underscores."""
+    wrapper = textwrap.TextWrapper(16, break_on_hyphens=False)
     wrapper.wordsep_simple_re = re.compile(r"(\s+)|(?<=_)")
     return "\n".join(wrapper.wrap(name))

@@ -115,6 +115,13 @@ def test_every_call_counts_whether_eager_recorded_or_replayed(fake_cuda):
     assert [result[1][0].item() for result in results] == [2.0 * number for number in numbers]
 
 
+def test_a_graph_that_is_not_wanted_is_not_recorded(fake_cuda):
+    step = CudaGraphStep(lambda values: (values + 1,), CUDA, enabled=False)
+    for _ in range(2 * WARM_UP):
+        assert step(torch.ones(1))[0].tolist() == [2]
+    assert step.graph is None
+
+
 def test_inputs_of_another_shape_are_not_forced_into_the_graph(fake_cuda):
     step = CudaGraphStep(lambda values: (values.sum(),), CUDA)
     for _ in range(WARM_UP + 1):

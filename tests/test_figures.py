@@ -190,7 +190,7 @@ def test_long_class_names_are_wrapped_and_keep_every_character(drawn):
     for name, shown in zip(LONG_NAMES, titles, strict=True):
         # A line break may stand for a space of the name, and is otherwise added to it.
         assert shown.replace("\n", "").replace(" ", "") == name.replace(" ", "")
-        assert all(0 < len(line) <= 14 for line in shown.split("\n"))
+        assert all(0 < len(line) <= 16 for line in shown.split("\n"))
     assert titles[0] == "aquarium_fish"
     assert titles[1] == "Anas\nplatyrhynchos\ndomesticus"
     parts = titles[2].split("\n")  # short enough parts are broken at underscores only
@@ -201,7 +201,7 @@ def test_long_class_names_are_wrapped_and_keep_every_character(drawn):
 def test_a_wrapped_name_without_its_line_breaks_is_the_name(name):
     shown = _wrapped(name)
     assert shown.replace("\n", "") == name
-    assert all(len(line) <= 14 for line in shown.split("\n"))
+    assert all(len(line) <= 16 for line in shown.split("\n"))
 
 
 def test_a_folder_that_cannot_be_written_is_one_message(tmp_path):
