@@ -6,13 +6,13 @@ import torch.nn.functional as F
 from common.samplers import episode_labels
 
 
-def make_prototypes(x_spt, n_way):
+def make_prototypes(support, n_way):
     """Average the support features of each class.
 
-    x_spt [n_way * K, D], class by class -> prototypes [n_way, D].
+    support [n_way * K, D], class by class -> prototypes [n_way, D].
     Snell et al. 2017, "Prototypical Networks for Few-shot Learning", equation 1.
     """
-    return x_spt.view(n_way, -1, x_spt.shape[1]).mean(dim=1)
+    return support.view(n_way, -1, support.shape[1]).mean(dim=1)
 
 
 def distance_logits(features, prototypes):
@@ -38,10 +38,10 @@ def episode_loss(features, n_way, k_shot):
 
     features [n_way * (k_shot + Q), D]: the support set, class by class, then the queries likewise.
     """
-    x_spt, x_qry = features[: n_way * k_shot], features[n_way * k_shot :]  # [N*K, D], [N*Q, D]
-    y_qry = episode_labels(n_way, len(x_qry) // n_way, features.device)  # [N*Q]
-    logits = distance_logits(x_qry, make_prototypes(x_spt, n_way))  # [N*Q, N]
-    return F.cross_entropy(logits, y_qry), accuracy(logits, y_qry)
+    support, query = features[: n_way * k_shot], features[n_way * k_shot :]  # [N*K, D], [N*Q, D]
+    labels = episode_labels(n_way, len(query) // n_way, features.device)  # [N*Q]
+    logits = distance_logits(query, make_prototypes(support, n_way))  # [N*Q, N]
+    return F.cross_entropy(logits, labels), accuracy(logits, labels)
 
 
 @torch.no_grad()

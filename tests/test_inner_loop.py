@@ -20,6 +20,9 @@ from common.inner_loop import (
 )
 from common.samplers import episode_labels
 
+# Tiny networks: threads would only wait for each other.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 N_WAY, K_SHOT, NUM_QUERY, DIM = 3, 2, 4, 8
 Y_SPT, Y_QRY = episode_labels(N_WAY, K_SHOT), episode_labels(N_WAY, NUM_QUERY)
 # Unequal rates, so that a mix-up of the two is noticed.
