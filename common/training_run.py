@@ -273,7 +273,10 @@ class TrainingRun:
         # this device's affair.
         own = self.optimizer.state_dict()["param_groups"]
         saved = last["optimizer"]["param_groups"]
-        groups = [{**a, "params": b["params"]} for a, b in zip(own, saved, strict=True)]
+        # In files of the first format a ProtoNet's optimizer ends with an empty parameter.
+        empty = sum(tensor.numel() == 0 for tensor in last["extra_module"].values())
+        kept = [group["params"][: len(group["params"]) - empty] for group in saved]
+        groups = [{**group, "params": params} for group, params in zip(own, kept, strict=True)]
         state = last["optimizer"]["state"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         set_learning_rate(self.optimizer, float(saved[0]["lr"]))
