@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from common.checkpoint import MODEL_NAMES, content_digest, encoder_of, load_checkpoint
-from common.config import UserError, require, require_one_of, run_script
+from common.config import UserError, require, require_one_of
 from common.data import load_dataset, normalize, split_classes
 from common.device import pick_device
 from common.encoder import encode_in_batches
@@ -38,7 +38,9 @@ from common.kshot import (
     summarize,
     support_sets,
 )
+from common.parallel import is_first, on_first, process_count
 from common.samplers import FewShotBatchSampler
+from common.script import run_script
 from common.tables import text_table, write_tables
 
 PROTOCOL = 1  # version of the test: results of another version are not reused
@@ -131,8 +133,8 @@ RECIPES = {
 
 def main(cfg):
     device = pick_device(cfg.device)
-    checkpoints = load_checkpoints(cfg)
-    data = load_dataset(cfg.dataset, cfg.data_dir)
+    checkpoints = on_first(lambda: load_checkpoints(cfg))
+    data = on_first(lambda: load_dataset(cfg.dataset, cfg.data_dir))
     split = common_split(checkpoints, data)
 
     auto = cfg.domains == ("auto",)
@@ -141,7 +143,7 @@ def main(cfg):
     failures = {}
     for domain in domains:
         try:
-            image_sets.append(load_dataset(domain, cfg.data_dir))
+            image_sets.append(on_first(partial(load_dataset, domain, cfg.data_dir)))
         except UserError as error:  # the rest is worth having
             failures[domain] = str(error)
     for image_set in image_sets:
@@ -157,10 +159,11 @@ def main(cfg):
         path, checkpoint = next(iter(checkpoints.values()))
         rows += test_model(cfg, "pixels", path, checkpoint, image_set, classes, device)
 
-    print(text_table(rows, failures))
-    write_tables(rows, failures, cfg.results_dir)
-    draw_figures(cfg, data, split, image_sets, rows)
-    print(f"tables and figures: {cfg.results_dir}{os.sep}")
+    if is_first():
+        print(text_table(rows, failures))
+        write_tables(rows, failures, cfg.results_dir)
+        draw_figures(cfg, data, split, image_sets, rows)
+        print(f"tables and figures: {cfg.results_dir}{os.sep}")
     return 1 if failures else 0
 
 
@@ -209,6 +212,42 @@ def test_model(cfg, model, path, checkpoint, image_set, classes, device):
 
     Each is kept on disk as soon as it is there, and reused by the next run.
     """
+    arguments = (cfg, model, path, checkpoint, image_set, classes)
+    rows, missing = on_first(lambda: kept_results(*arguments))
+    sets = {
+        k_shot: support_sets(
+            image_set.labels,
+            k_shot,
+            image_set.class_names,
+            row["settings"].get("max_support_sets", 0),
+        )
+        for k_shot, (row, _) in missing.items()
+    }
+    if missing:
+        accuracies_of = prepare_test(cfg, model, path, checkpoint, image_set, device)
+        title = f"{model} on {image_set.name}"
+        works = {k: (row["settings"], sets[k]) for k, (row, _) in missing.items()}
+        progress = Progress(title, works if model in ADAPTING else {}, len(image_set.labels))
+    for k_shot, (row, kept) in missing.items():
+        accuracies = accuracies_of(sets[k_shot], row["settings"], partial(progress.show, k_shot))
+        accuracy, std, ci95 = summarize(accuracies)
+        rows[k_shot] = {
+            **row,
+            "n_way": len(image_set.class_names),
+            "accuracy": accuracy,
+            "std": std,
+            "ci95": ci95,
+            "num_support_sets": len(sets[k_shot]),
+            "num_queries": len(image_set.labels) - sets[k_shot].shape[1],
+        }
+        if is_first():
+            digest = content_digest(rows[k_shot])
+            write_text(kept, json.dumps({**rows[k_shot], "digest": digest}) + "\n")
+    return [rows[k_shot] for k_shot in cfg.k_shots]
+
+
+def kept_results(cfg, model, path, checkpoint, image_set, classes):
+    """Return {k: result row} of what is kept on disk, and {k: (row without result, path)} else."""
     identity = {
         "protocol": PROTOCOL,
         "model": model,
@@ -225,37 +264,16 @@ def test_model(cfg, model, path, checkpoint, image_set, classes, device):
         key = json.dumps([row, checkpoint["mean"], checkpoint["std"]], sort_keys=True)
         name = f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
         kept = os.path.join(cfg.results_dir, ".cache", name)
-        rows[k_shot] = read_kept(kept, row)
-        if rows[k_shot]:
+        found = read_kept(kept, row)
+        if found:
+            rows[k_shot] = found
             print(
                 f"{model} on {image_set.name}, k = {k_shot}: reused, same checkpoint, data and "
                 "settings"
             )
         else:
-            cap = settings.get("max_support_sets", 0)
-            sets = support_sets(image_set.labels, k_shot, image_set.class_names, cap)
-            missing[k_shot] = (row, kept, sets)
-
-    if missing:
-        accuracies_of = prepare_test(cfg, model, path, checkpoint, image_set, device)
-        title = f"{model} on {image_set.name}"
-        works = {k: (row["settings"], sets) for k, (row, _, sets) in missing.items()}
-        progress = Progress(title, works if model in ADAPTING else {}, len(image_set.labels))
-    for k_shot, (row, kept, sets) in missing.items():
-        accuracies = accuracies_of(sets, row["settings"], partial(progress.show, k_shot))
-        accuracy, std, ci95 = summarize(accuracies)
-        rows[k_shot] = {
-            **row,
-            "n_way": len(image_set.class_names),
-            "accuracy": accuracy,
-            "std": std,
-            "ci95": ci95,
-            "num_support_sets": len(sets),
-            "num_queries": len(image_set.labels) - sets.shape[1],
-        }
-        digest = content_digest(rows[k_shot])
-        write_text(kept, json.dumps({**rows[k_shot], "digest": digest}) + "\n")
-    return list(rows.values())
+            missing[k_shot] = (row, kept)
+    return rows, missing
 
 
 def test_settings(cfg, model, checkpoint, position, unseen_domain):
@@ -322,22 +340,31 @@ class Progress:
             print(f"{title}: {count} adaptations of {', '.join(map(str, steps))} steps", flush=True)
 
     def show(self, k_shot, sets):
-        """Yield the support sets with a progress bar; estimate the time once the first are done."""
+        """Yield this process's support sets with a progress bar.
+
+        Once the first are done, estimate the time.
+        """
         first = min(torch.get_num_threads(), len(sets))  # so many are adapted side by side
         start = time.perf_counter()
-        bar = tqdm(sets, f"{self.title}, k = {k_shot}", leave=False, dynamic_ncols=True)
+        bar = tqdm(
+            sets,
+            f"{self.title}, k = {k_shot}",
+            leave=False,
+            dynamic_ncols=True,
+            disable=not is_first(),
+        )
         for number, support in enumerate(bar):
             if number == first:
                 self._estimate(k_shot, (time.perf_counter() - start) / first)
             yield support
-        if first == len(sets):
+        if first == len(sets) > 0:
             self._estimate(k_shot, (time.perf_counter() - start) / first)
 
     def _estimate(self, k_shot, seconds):
         """Print once about how long all tests take, given the seconds of one adaptation at k."""
-        if not self.costs:
+        if not (self.costs and is_first()):
             return
-        minutes = seconds / self.costs[k_shot] * self.total / 60
+        minutes = seconds / self.costs[k_shot] * self.total / process_count() / 60
         self.costs = {}
         if minutes > 1:
             tqdm.write(

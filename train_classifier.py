@@ -24,16 +24,18 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from common.augment import EpochAugmentation, augment
+from common.augment import EpochBatches, augment
 from common.checkpoint import load_encoder
-from common.config import UserError, require, run_script
+from common.config import UserError, require
 from common.cuda_graph import CudaGraphStep
 from common.data import load_training_data
 from common.device import pick_device
 from common.encoder import Encoder, encode_in_batches, with_principal_features
 from common.optimizer import make_optimizer, one_cycle, set_learning_rate
+from common.parallel import all_reduce, equal_share, gather, process_count, share
 from common.prototypes import accuracy, distance_logits, mean_episode_loss
 from common.samplers import validation_episodes
+from common.script import run_script
 from common.training_run import TrainingRun
 
 
@@ -99,8 +101,8 @@ RECIPES = {
 }
 
 
-def train_step(cfg, data, encoder, class_prototypes, teacher, optimizer, batch, *views):
-    """Take one step of AdamW on a batch of images; return its loss and its accuracy.
+def learn_batch(cfg, data, encoder, class_prototypes, teacher, batch, *views):
+    """Set the gradients of the loss of a batch of images; return the loss and the accuracy.
 
     batch: indices of images, int64 [B]; views: their random crops, flips and colours.
     class_prototypes: Embedding [C, D]. teacher: None, or (encoder, prototypes [C, D]).
@@ -116,13 +118,14 @@ def train_step(cfg, data, encoder, class_prototypes, teacher, optimizer, batch, 
             probabilities = F.softmax(teacher_logits / cfg.temperature, dim=1)
         distillation = F.cross_entropy(logits, probabilities)
         loss = (1 - cfg.distillation_weight) * loss + cfg.distillation_weight * distillation
-    optimizer.zero_grad()
+    encoder.zero_grad()
+    class_prototypes.zero_grad()
     loss.backward()
-    optimizer.step()
     return loss.detach(), accuracy(logits, labels)
 
 
 def main(cfg):
+    equal_share(cfg, "batch_size")
     device = pick_device(cfg.device)
     torch.manual_seed(cfg.seed)
 
@@ -142,26 +145,33 @@ def main(cfg):
     optimizer = make_optimizer(parameters, cfg.lr, cfg.weight_decay, device)
     run = TrainingRun(cfg, "classifier", encoder, optimizer, generator, data, class_prototypes)
 
-    step_fn = partial(train_step, cfg, data, encoder, class_prototypes, teacher, optimizer)
+    step_fn = partial(learn_batch, cfg, data, encoder, class_prototypes, teacher)
     step_fn = CudaGraphStep(step_fn, device, cfg.cuda_graphs)
     for epoch in run.epochs():
-        batches = random_batches(len(data.train.labels), cfg.batch_size, generator).to(device)
-        views = EpochAugmentation(
-            batches, data.train.images, generator, cfg.least_crop, cfg.color_jitter
+        images = random_batches(len(data.train.labels), cfg.batch_size, generator)  # [steps, B]
+        batches = EpochBatches(
+            images[:, :, None], data.train.images, generator, cfg.least_crop, cfg.color_jitter
         )
 
         encoder.train()
-        num_steps = len(batches[: cfg.steps_per_epoch or None])
+        num_steps = min(len(batches), cfg.steps_per_epoch or len(batches))
         for step in run.steps(num_steps):
             set_learning_rate(optimizer, one_cycle(cfg.lr, (epoch + step / num_steps) / cfg.epochs))
-            run.track(*step_fn(batches[step], *views.of(step)))
+            loss, acc = step_fn(*batches.of(step))
+            # Each process normalises its share of the batch by the share's own statistics; the
+            # running statistics are the mean of all (docs/scaling.md).
+            gradients = [parameter.grad for parameter in parameters]
+            all_reduce(means=[*gradients, loss, acc, *encoder.buffers()])
+            optimizer.step()
+            run.track(loss, acc)
 
         # Validation by nearest prototype, on episodes of other classes.
         validated = encoder.eval()
         if cfg.principal_features:
             sample = data.train.images[:: max(1, len(data.train.images) // 2000)]
             validated = with_principal_features(encoder, data.normalize(sample))
-        features = encode_in_batches(validated, val_images)
+        features = encode_in_batches(validated, val_images[share()])
+        features = gather(features, len(val_images))
         result = mean_episode_loss(features, val_episodes, val_way, cfg.k_shot)
         run.end_epoch(one_cycle(cfg.lr, epoch / cfg.epochs), *result, validated)
     run.finish(val_way)
@@ -180,9 +190,9 @@ def load_teacher(path, data, device):
 def random_batches(count, batch_size, generator):
     """Return 0..count-1 in random order as int64 [count // batch_size, batch_size].
 
-    The rest is left out. A batch is never larger than `count`.
+    The rest is left out. A batch is never larger than `count`, and the processes share it equally.
     """
-    size = min(batch_size, count)
+    size = min(batch_size, count // process_count() * process_count())
     order = torch.randperm(count, generator=generator)
     return order[: count // size * size].view(-1, size)
 

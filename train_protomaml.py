@@ -27,9 +27,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from common.augment import EpochAugmentation, augment
+from common.augment import EpochBatches, augment
 from common.checkpoint import starting_encoder
-from common.config import UserError, require, require_one_of, run_script
+from common.config import UserError, require, require_one_of
 from common.cuda_graph import CudaGraphStep
 from common.data import load_training_data
 from common.device import pick_device
@@ -44,9 +44,17 @@ from common.inner_loop import (
     running_statistics,
 )
 from common.optimizer import make_optimizer, set_learning_rate, step_decay
-from common.parallel import Workers
+from common.parallel import (
+    Workers,
+    all_reduce,
+    equal_share,
+    gather,
+    process_count,
+    share,
+)
 from common.prototypes import accuracy
 from common.samplers import TaskBatchSampler, episode_labels, validation_episodes
+from common.script import run_script
 from common.training_run import TrainingRun
 
 
@@ -153,20 +161,19 @@ def learn_task(cfg, encoder, images, local):
     return loss.detach(), acc, gradients, running_statistics(local)
 
 
-def outer_step(cfg, data, encoder, optimizer, workers, tasks, *views):
-    """Take one step of AdamW on the sum of the tasks' gradients; return mean loss and accuracy.
+def learn_tasks(cfg, data, encoder, workers, tasks, *views):
+    """Set the encoder's gradients, summed over the tasks; return mean loss and accuracy.
 
     tasks: indices of images, int64 [T*N*(K+Q)], one task after the other. views: their random crops
     and flips.
     """
     images = data.normalize(augment(data.train.images[tasks], *views))
-    images = images.chunk(cfg.tasks_per_step)  # T of [N*(K+Q), 3, H, W]
+    images = images.split(cfg.n_way * (cfg.k_shot + cfg.n_query))  # T of [N*(K+Q), 3, H, W]
     results = workers.map(partial(learn_task, cfg, encoder), images)
     losses, accuracies, gradients, statistics = zip(*results)
     hand_over_gradients(encoder, gradients)
     if cfg.batchnorm == "batch":
         follow_statistics(encoder, statistics)
-    optimizer.step()
     return torch.stack(losses).mean(), torch.stack(accuracies).mean()
 
 
@@ -179,6 +186,7 @@ def validation_step(cfg, encoder, workers, n_way, val_images, episodes):
 
 
 def main(cfg):
+    own_tasks = equal_share(cfg, "tasks_per_step")  # of each outer step
     device = pick_device(cfg.device)
     torch.manual_seed(cfg.seed)
 
@@ -196,6 +204,11 @@ def main(cfg):
     val_way = min(cfg.val_way or cfg.n_way, len(data.val.class_names))
     val_episodes = validation_episodes(data.val, val_way, cfg.k_shot, cfg.n_query).to(device)
     val_episodes = val_episodes[: cfg.val_episodes or None]
+    if len(val_episodes) < process_count():
+        raise UserError(
+            f"{process_count()} processes cannot share {len(val_episodes)} validation episodes; "
+            "start fewer processes or pass a larger --val_episodes=N"
+        )
     val_images = data.normalize(data.val.images)
 
     encoder = starting_encoder(cfg, data.split).to(device)
@@ -204,25 +217,32 @@ def main(cfg):
     run = TrainingRun(cfg, model, encoder, optimizer, sampler.generator, data)
 
     # Several tasks at a time, each on its own copy of the encoder.
-    workers = Workers(device, cfg.tasks_per_step, encoder)
-    step_fn = partial(outer_step, cfg, data, encoder, optimizer, workers)
+    workers = Workers(device, own_tasks, encoder)
+    step_fn = partial(learn_tasks, cfg, data, encoder, workers)
     step_fn = CudaGraphStep(step_fn, device, cfg.cuda_graphs)
     val_fn = partial(validation_step, cfg, encoder, workers, val_way, val_images)
     val_fn = CudaGraphStep(val_fn, device, cfg.cuda_graphs)
+    statistics = list(encoder.buffers()) if cfg.batchnorm == "batch" else []
     for epoch in run.epochs():
         lr = step_decay(cfg.lr, epoch, cfg.epochs, cfg.lr_drops)
         set_learning_rate(optimizer, lr)
         # Tasks and augmentation are drawn for the whole epoch, on the CPU, from one generator.
-        tasks = sampler.episodes().flatten(1).to(device)  # [steps, T*N*(K+Q)]
-        views = EpochAugmentation(tasks, data.train.images, sampler.generator)
+        tasks = sampler.episodes()  # [steps, T, N*(K+Q)]
+        batches = EpochBatches(tasks, data.train.images, sampler.generator)
 
-        for step in run.steps(len(tasks[: cfg.steps_per_epoch or None])):
-            run.track(*step_fn(tasks[step], *views.of(step)))
+        for step in run.steps(len(batches)):
+            loss, acc = step_fn(*batches.of(step))
+            gradients = [parameter.grad for parameter in encoder.parameters()]
+            all_reduce(sums=gradients, means=[loss, acc, *statistics])
+            optimizer.step()
+            run.track(loss, acc)
 
         # Validation: adapt to episodes of other classes, always the same ones.
-        chunks = val_episodes.chunk(math.ceil(len(val_episodes) / cfg.tasks_per_step))
-        losses, accuracies = zip(*map(val_fn, chunks))
-        run.end_epoch(lr, torch.cat(losses).mean().item(), torch.cat(accuracies).mean().item())
+        own = val_episodes[share()]
+        chunks = own.chunk(math.ceil(len(own) / own_tasks))
+        results = map(torch.cat, zip(*map(val_fn, chunks)))
+        losses, accuracies = (gather(values, len(val_episodes)) for values in results)
+        run.end_epoch(lr, losses.mean().item(), accuracies.mean().item())
     run.finish(val_way)
 
 

@@ -24,16 +24,24 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from common.augment import EpochAugmentation, augment
+from common.augment import EpochBatches, augment
 from common.checkpoint import starting_encoder
-from common.config import require, run_script
+from common.config import require
 from common.cuda_graph import CudaGraphStep
 from common.data import load_training_data
 from common.device import pick_device
 from common.encoder import encode_in_batches
+from common.inner_loop import (
+    copy_weights,
+    follow_statistics,
+    hand_over_gradients,
+    running_statistics,
+)
 from common.optimizer import make_optimizer, set_learning_rate, step_decay
+from common.parallel import Workers, all_reduce, equal_share, gather, share
 from common.prototypes import accuracy, distance_logits, make_prototypes, mean_episode_loss
-from common.samplers import FewShotBatchSampler, episode_labels, validation_episodes
+from common.samplers import TaskBatchSampler, episode_labels, validation_episodes
+from common.script import run_script
 from common.training_run import TrainingRun
 
 
@@ -48,6 +56,7 @@ class Config:
     n_way: int = 5  # classes per training episode
     k_shot: int = 4  # support images per class
     n_query: int = 4  # query images per class
+    episodes_per_step: int = 1  # episodes whose mean loss one step follows
     val_way: int = 0  # classes per validation episode, at most all; 0: as n_way
     # model
     proto_dim: int = 64  # length of a feature vector and of a prototype
@@ -57,7 +66,7 @@ class Config:
     lr: float = 2e-4  # learning rate of AdamW
     lr_drops: tuple[float, ...] = (0.7, 0.9)  # shares of the epochs after which lr is divided by 10
     weight_decay: float = 0.01  # of AdamW
-    steps_per_epoch: int = 0  # episodes per epoch at most; 0: as many as the images give
+    steps_per_epoch: int = 0  # steps per epoch at most; 0: as many as the images give
     # run
     seed: int = 42  # of weights, episodes and augmentation; validation episodes are always the same
     device: str = "auto"  # auto, cuda, mps or cpu
@@ -68,40 +77,56 @@ class Config:
 
     def __post_init__(self):
         require(self, "n_way", *(["val_way"] if self.val_way else []), least=2)
-        require(self, "k_shot", "n_query", "proto_dim", "epochs", least=1)
+        require(self, "k_shot", "n_query", "episodes_per_step", "proto_dim", "epochs", least=1)
         require(self, "weight_decay", "steps_per_epoch", "seed", least=0)
         require(self, "color_jitter", least=0, most=1)
         require(self, "least_crop", "lr_drops", above=0, most=1)
         require(self, "lr", above=0)
 
 
-def train_step(cfg, data, encoder, optimizer, episode, *views):
-    """Take one step of AdamW on an episode; return its loss and its accuracy.
+def learn_episode(cfg, encoder, images, local):
+    """Return an episode's loss, accuracy, gradients and BatchNorm statistics.
 
-    episode: indices of images, int64 [N*(K+Q)], the support set first, class by class. views: their
-    random crops, flips and colours.
+    images [N*(K+Q), 3, H, W], the support set first, class by class; local: a copy of the encoder
+    to compute on.
     """
-    images = data.normalize(augment(data.train.images[episode], *views))
+    copy_weights(encoder, local)
     # Support and query go through the encoder in one batch: BatchNorm uses the statistics of both.
-    features = encoder(images)  # [N*(K+Q), 3, H, W] -> [N*(K+Q), D]
+    features = local(images)  # [N*(K+Q), D]
     support, query = features.split([cfg.n_way * cfg.k_shot, cfg.n_way * cfg.n_query])
     prototypes = make_prototypes(support, cfg.n_way)  # [N, D], the mean feature of each class
     logits = distance_logits(query, prototypes)  # [N*Q, N], minus the squared distances
     labels = episode_labels(cfg.n_way, cfg.n_query, logits.device)  # [N*Q]
     loss = F.cross_entropy(logits, labels)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss.detach(), accuracy(logits, labels)
+    # The loss of a step is the mean over its episodes.
+    gradients = torch.autograd.grad(loss / cfg.episodes_per_step, list(local.parameters()))
+    return loss.detach(), accuracy(logits, labels), gradients, running_statistics(local)
+
+
+def learn_episodes(cfg, data, encoder, workers, episodes, *views):
+    """Set the encoder's gradients and statistics; return the mean loss and accuracy of episodes.
+
+    episodes: indices of images, int64 [E*N*(K+Q)], one episode after the other. views: their random
+    crops, flips and colours.
+    """
+    images = data.normalize(augment(data.train.images[episodes], *views))
+    images = images.split(cfg.n_way * (cfg.k_shot + cfg.n_query))  # E of [N*(K+Q), 3, H, W]
+    results = workers.map(partial(learn_episode, cfg, encoder), images)
+    losses, accuracies, gradients, statistics = zip(*results)
+    hand_over_gradients(encoder, gradients)
+    follow_statistics(encoder, statistics)
+    return torch.stack(losses).mean(), torch.stack(accuracies).mean()
 
 
 def main(cfg):
+    own_episodes = equal_share(cfg, "episodes_per_step")  # of each step
     device = pick_device(cfg.device)
     torch.manual_seed(cfg.seed)
 
     data = load_training_data(cfg.dataset, cfg.data_dir, device)
-    sampler = FewShotBatchSampler(
+    sampler = TaskBatchSampler(
         data.train.labels,
+        cfg.episodes_per_step,
         cfg.n_way,
         cfg.k_shot,
         include_query=True,
@@ -117,23 +142,32 @@ def main(cfg):
     optimizer = make_optimizer(encoder.parameters(), cfg.lr, cfg.weight_decay, device)
     run = TrainingRun(cfg, "protonet", encoder, optimizer, sampler.generator, data)
 
-    step_fn = partial(train_step, cfg, data, encoder, optimizer)
+    # Several episodes at a time, each on its own copy of the encoder.
+    workers = Workers(device, own_episodes, encoder.train())
+    step_fn = partial(learn_episodes, cfg, data, encoder, workers)
     step_fn = CudaGraphStep(step_fn, device, cfg.cuda_graphs)
     for epoch in run.epochs():
         lr = step_decay(cfg.lr, epoch, cfg.epochs, cfg.lr_drops)
         set_learning_rate(optimizer, lr)
         # Episodes and augmentation are drawn for the whole epoch, on the CPU, from one generator.
-        episodes = sampler.episodes().to(device)  # [steps, N*(K+Q)]
-        views = EpochAugmentation(
-            episodes, data.train.images, sampler.generator, cfg.least_crop, cfg.color_jitter
+        batches = EpochBatches(
+            sampler.episodes(),  # [steps, E, N*(K+Q)]
+            data.train.images,
+            sampler.generator,
+            cfg.least_crop,
+            cfg.color_jitter,
         )
 
-        encoder.train()
-        for step in run.steps(len(episodes[: cfg.steps_per_epoch or None])):
-            run.track(*step_fn(episodes[step], *views.of(step)))
+        for step in run.steps(len(batches)):
+            loss, acc = step_fn(*batches.of(step))
+            gradients = [parameter.grad for parameter in encoder.parameters()]
+            all_reduce(sums=gradients, means=[loss, acc, *encoder.buffers()])
+            optimizer.step()
+            run.track(loss, acc)
 
         # Validation: other classes, always the same episodes; every image is encoded once.
-        features = encode_in_batches(encoder.eval(), val_images)
+        features = encode_in_batches(encoder.eval(), val_images[share()])
+        features = gather(features, len(val_images))
         run.end_epoch(lr, *mean_episode_loss(features, val_episodes, val_way, cfg.k_shot))
     run.finish(val_way)
 

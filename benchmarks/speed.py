@@ -32,8 +32,8 @@ from torch.utils.flop_counter import FlopCounterMode
 # The project's root, before the imports from there.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from common.augment import EpochAugmentation, augment
-from common.config import UserError, require, run_script
+from common.augment import EpochBatches, augment
+from common.config import UserError, require
 from common.cuda_graph import CudaGraphStep
 from common.data import ImageSet, channel_statistics, load_dataset, normalize, split_classes
 from common.device import pick_device
@@ -43,6 +43,7 @@ from common.glyphs import draw_glyphs
 from common.inner_loop import (
     InnerLoop,
     adapt,
+    copy_weights,
     first_order_gradients,
     follow_statistics,
     hand_over_gradients,
@@ -53,6 +54,7 @@ from common.optimizer import make_optimizer
 from common.parallel import Workers
 from common.prototypes import accuracy, episode_loss
 from common.samplers import FewShotBatchSampler, TaskBatchSampler, episode_labels
+from common.script import run_script
 
 ROOT = sys.path[0]
 N_WAY, K_SHOT, N_QUERY = 5, 4, 4  # of a training task, as in the trainers
@@ -116,7 +118,7 @@ class Bench:
         self.images_channels_first = self.images.contiguous()
 
     def sampler(self, tasks):
-        """Return a new sampler of ProtoMAML's outer steps of so many tasks; 0: of episodes."""
+        """Return a new sampler of steps of so many tasks; 0: of episodes."""
         make = partial(TaskBatchSampler, batch_size=tasks) if tasks else FewShotBatchSampler
         options = {"include_query": True, "num_query": N_QUERY}
         return make(self.train.labels, N_way=N_WAY, K_shot=K_SHOT, **options)
@@ -164,19 +166,16 @@ class Bench:
 class Episodes:
     """The project's batches, drawn for an epoch at a time; a step makes its own images."""
 
-    def __init__(self, bench, tasks=0):
-        self.bench, self.sampler = bench, bench.sampler(tasks)
+    def __init__(self, bench, tasks=1):
+        self.images, self.sampler = bench.resident.images, bench.sampler(tasks)
 
     def draw(self):
-        bench, generator = self.bench, self.sampler.generator
-        batches = self.sampler.episodes().flatten(1)  # [steps, B]
-        self.batches = batches.to(bench.device)
-        self.augmentation = EpochAugmentation(self.batches, bench.resident.images, generator)
+        episodes = self.sampler.episodes()  # [steps, T, N*(K+Q)]
+        self.batches = EpochBatches(episodes, self.images, self.sampler.generator)
 
     def of(self, step):
         """Return the tensors that a step takes; the epoch is repeated without end."""
-        step %= len(self.batches)
-        return self.batches[step], *self.augmentation.of(step)
+        return self.batches.of(step % len(self.batches))
 
 
 def main(cfg):
@@ -245,15 +244,23 @@ def protonet_trainer(bench, encoder):
     """Return the function that does one step of train_protonet.py."""
     optimizer = make_optimizer(encoder.parameters(), 2e-4, 0.01, bench.device)
 
-    def train_step(episode, *crops_and_flips):
-        features = encoder(make_images(bench, episode, *crops_and_flips))  # [N*(K+Q), D]
-        loss, accuracy = episode_loss(features, N_WAY, K_SHOT)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss.detach(), accuracy
+    workers = Workers(bench.device, 1, encoder)
 
-    return tracked(bench, train_step)
+    def learn_episode(images, local):
+        copy_weights(encoder, local)
+        loss, accuracy = episode_loss(local(images), N_WAY, K_SHOT)
+        gradients = torch.autograd.grad(loss, list(local.parameters()))
+        return loss.detach(), accuracy, gradients, running_statistics(local)
+
+    def learn_episodes(batch, *crops_and_flips):
+        images = make_images(bench, batch, *crops_and_flips)
+        results = workers.map(learn_episode, [images])
+        losses, accuracies, gradients, statistics = zip(*results)
+        hand_over_gradients(encoder, gradients)
+        follow_statistics(encoder, statistics)
+        return torch.stack(losses).mean(), torch.stack(accuracies).mean()
+
+    return tracked(bench, learn_episodes, optimizer)
 
 
 def protomaml_trainer(bench, encoder, tasks, num_inner_steps):
@@ -272,23 +279,24 @@ def protomaml_trainer(bench, encoder, tasks, num_inner_steps):
         gradients = first_order_gradients(loss, encoder, local)
         return loss.detach(), accuracy(logits, y_qry), gradients, running_statistics(local)
 
-    def outer_step(batch, *crops_and_flips):
+    def learn_tasks(batch, *crops_and_flips):
         images = make_images(bench, batch, *crops_and_flips).chunk(tasks)
         losses, accuracies, gradients, statistics = zip(*workers.map(learn_task, images))
         hand_over_gradients(encoder, gradients)
         follow_statistics(encoder, statistics)
-        optimizer.step()
         return torch.stack(losses).mean(), torch.stack(accuracies).mean()
 
-    return tracked(bench, outer_step)
+    return tracked(bench, learn_tasks, optimizer)
 
 
-def tracked(bench, step):
+def tracked(bench, learn, optimizer):
     """Return the step as the trainers run it: a CUDA graph on CUDA, loss and accuracy added up."""
-    step, sums = CudaGraphStep(step, bench.device), torch.zeros(3, device=bench.device)
+    learn, sums = CudaGraphStep(learn, bench.device), torch.zeros(3, device=bench.device)
 
     def run(*inputs):
-        sums[:2] += torch.stack(step(*inputs))
+        loss_and_accuracy = torch.stack(learn(*inputs))
+        optimizer.step()
+        sums[:2] += loss_and_accuracy
         sums[2] += torch.isfinite(sums[0])
 
     return run
@@ -529,10 +537,10 @@ def memory_table(bench):
     """Return the third table: memory in use after more and more steps of each trainer."""
     last, rows = bench.cfg.memory_steps, []
     marks = [last // 20, last // 4, last // 2, last]
-    for name, tasks in (("ProtoNet", 0), ("ProtoMAML, 2 tasks", 2)):
+    for name, tasks in (("ProtoNet", 1), ("ProtoMAML, 2 tasks", 2)):
         torch.manual_seed(42)
         encoder, episodes, used = Encoder(**TINY).to(bench.device), Episodes(bench, tasks), []
-        if tasks:
+        if tasks > 1:
             step = protomaml_trainer(bench, encoder, tasks, 1)
         else:
             step = protonet_trainer(bench, encoder)

@@ -11,31 +11,41 @@ import math
 
 import torch
 
+from common.parallel import share
+
 LEAST_SCALE = 0.8  # area of the smallest crop, as a share of the image; the largest is all of it
 RATIO = (0.9, 1.1)  # width of the crop over its height
 ATTEMPTS = 10  # crops drawn until one fits into the image, as in torchvision
 
 
-class EpochAugmentation:
-    """Random crops, flips and colour changes for all steps of an epoch, drawn at once on the CPU.
+class EpochBatches:
+    """Images, random crops, flips and colour changes of all steps of an epoch, drawn on the CPU.
 
-    batches: the epoch's indices [steps, B] into images [N, 3, H, W], which lie on the device that
-    augments them. least_scale: area of the smallest crop, as a share of the image. color_jitter:
-    see `draw_jitter`.
+    tasks: indices into images, int64 [steps, T, M]: in each step T tasks of M images. images
+    [N, 3, H, W]: they lie on the device that augments them. least_scale: area of the smallest crop,
+    as a share of the image. color_jitter: see `draw_jitter`.
+    With several processes all draw the same numbers, and each keeps those of its share of the
+    tasks.
     """
 
-    def __init__(self, batches, images, generator, least_scale=LEAST_SCALE, color_jitter=0.0):
-        boxes, flips = draw_augmentation(batches.numel(), *images.shape[2:], generator, least_scale)
+    def __init__(self, tasks, images, generator, least_scale=LEAST_SCALE, color_jitter=0.0):
+        boxes, flips = draw_augmentation(tasks.numel(), *images.shape[2:], generator, least_scale)
         # Drawn even where it is not used: the episodes of a seed do not depend on this option.
-        factors = draw_jitter(batches.numel(), color_jitter, generator)
-        self.boxes = boxes.view(*batches.shape, 4).to(images.device)
-        self.flips = flips.view(batches.shape).to(images.device)
-        self.factors = factors.view(*batches.shape, 3).to(images.device) if color_jitter else None
+        factors = draw_jitter(tasks.numel(), color_jitter, generator)
+        drawn = [tasks.flatten(), boxes, flips, *([factors] if color_jitter else [])]
+        by_task = [numbers.view(*tasks.shape, *numbers.shape[1:]) for numbers in drawn]
+        own = [numbers[:, share()].flatten(1, 2) for numbers in by_task]  # [steps, B, ...] each
+        self.drawn = [numbers.to(images.device) for numbers in own]
+
+    def __len__(self):
+        return len(self.drawn[0])
 
     def of(self, step):
-        """Return what `augment` needs in a step: boxes [B, 4], flips [B], maybe factors [B, 3]."""
-        drawn = (self.boxes, self.flips, self.factors)
-        return tuple(numbers[step] for numbers in drawn if numbers is not None)
+        """Return indices [B], boxes [B, 4], flips [B] and maybe factors [B, 3] of a step.
+
+        B is the number of images of this process's tasks.
+        """
+        return tuple(numbers[step] for numbers in self.drawn)
 
 
 def draw_augmentation(count, height, width, generator, least_scale=LEAST_SCALE):

@@ -11,6 +11,7 @@ from common.config import UserError
 from common.encoder import Encoder
 from common.files import atomic_file
 from common.inner_loop import BATCHNORMS, OUTPUT_INITS
+from common.parallel import on_first
 from common.tutorial import is_lightning_file, read_lightning_file
 
 FORMAT = "few-shot checkpoint, version 2"
@@ -123,7 +124,7 @@ def load_encoder(path, split):
     Raises UserError where its training classes are not those of `split`: it may have seen the ones
     that are held out here.
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint = on_first(lambda: load_checkpoint(path))
     if checkpoint["class_split"] not in ({}, split):
         raise UserError(
             f"{path} was trained on other classes than this run; start from a checkpoint of the "

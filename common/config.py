@@ -1,4 +1,4 @@
-"""A script's `Config` dataclass from its defaults, a recipe and `--name=value`; one-line errors."""
+"""A script's `Config` dataclass from its defaults, a recipe and `--name=value`."""
 
 import argparse
 import dataclasses
@@ -6,10 +6,7 @@ import difflib
 import inspect
 import io
 import math
-import os
 import re
-import sys
-import threading
 import tokenize
 from typing import get_args, get_origin
 
@@ -20,39 +17,6 @@ class UserError(Exception):
     def __init__(self, message):
         # A library's own words, quoted in the message, may run over several lines.
         super().__init__(" ".join(line.strip() for line in str(message).splitlines()))
-
-
-def run_script(main, config_class, recipes=None):
-    """Read the command line, call `main(cfg)` and leave with its exit code (2 after an error).
-
-    recipes: {name: {field: value}} for `--recipe=name`, if the class has a field of that name.
-    What a library refuses (a value out of its range, memory that is not there) ends in one line,
-    too; with `python -X dev` it keeps its traceback.
-    """
-    script = os.path.basename(sys.argv[0])
-    try:
-        doc = inspect.getmodule(main).__doc__
-        cfg = parse_config(config_class, sys.argv[1:], script, doc, recipes)
-        for line in changed_values(cfg):
-            print(line)
-        code = main(cfg) or 0
-    except KeyboardInterrupt:
-        print(f"{script}: stopped; what was saved before is intact", file=sys.stderr)
-        code = 130
-    except (UserError, RuntimeError, ValueError, OverflowError, MemoryError) as error:
-        if sys.flags.dev_mode and not isinstance(error, UserError):
-            raise
-        sys.stdout.flush()
-        hint = "" if isinstance(error, UserError) else f"; python -X dev {script} ... shows where"
-        print(f"{script}: error: {_one_line(error)}{hint}", file=sys.stderr)
-        code = 2
-    others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
-    if code and not all(thread.daemon for thread in others):
-        # Python would wait for the threads until they finish, an adaptation of a minute perhaps.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
 
 
 def parse_config(config_class, argv, script="script", doc="", recipes=None):
@@ -232,11 +196,3 @@ def _unknown_option(word, names):
 def _nearest(word, names, prefix):
     near = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6)
     return f": did you mean {prefix}{near[0]}?" if near else ""
-
-
-def _one_line(error):
-    """Return an error's message in one line; a library's own error is named by its class."""
-    if isinstance(error, UserError):
-        return str(error)
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}"

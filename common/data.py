@@ -19,6 +19,7 @@ from PIL import Image
 from common.config import UserError
 from common.files import atomic_file
 from common.glyphs import draw_glyph_digits, draw_glyphs
+from common.parallel import on_first
 
 # Of the 50,000 training images of CIFAR-100, for pixel values in 0..1.
 CIFAR100_MEAN = (0.50707516, 0.48654887, 0.44091784)
@@ -96,7 +97,7 @@ def load_training_data(name, data_dir, device):
 
     Raises UserError as `load_dataset` and `split_classes` do.
     """
-    data = load_dataset(name, data_dir)
+    data = on_first(lambda: load_dataset(name, data_dir))
     split = split_classes(data.class_names)
     train, val = data.of_classes(split["train"]), data.of_classes(split["val"])
     mean, std = channel_statistics(train)

@@ -1,18 +1,21 @@
 """The device to compute on, and how exactly it computes."""
 
 import ctypes
+import os
 import re
 import sys
 
 import torch
 
 from common.config import UserError
+from common.parallel import process_count
 
 
 def pick_device(name):
     """Return the torch.device called `name` ("auto": CUDA, else Apple's MPS, else the CPU).
 
-    Raises UserError where the device is not there. On CUDA, float32 products may use TF32.
+    Each process of torchrun gets a GPU of its own. On CUDA, float32 products may use TF32.
+    Raises UserError where the device is not there, or cannot serve several processes.
     """
     if name == "auto":
         found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -22,6 +25,14 @@ def pick_device(name):
             f"there is no device {name!r} here; pass --device=auto, --device=cuda (cuda:1 and so "
             "on), --device=mps or --device=cpu"
         )
+    if process_count() > 1:
+        if name not in ("cuda", "cpu"):
+            raise UserError(
+                f"several processes cannot share device {name!r}; pass --device=cuda (each gets a "
+                "GPU of its own) or --device=cpu"
+            )
+        if name == "cuda":
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)

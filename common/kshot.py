@@ -16,7 +16,7 @@ from common.config import UserError
 from common.cuda_graph import CudaGraphStep
 from common.encoder import with_mirror_images
 from common.inner_loop import adapt, inner_step
-from common.parallel import Workers
+from common.parallel import Workers, gather, share
 from common.prototypes import make_prototypes, prototype_head
 from common.samplers import FewShotBatchSampler, episode_labels
 
@@ -48,18 +48,18 @@ def spread_evenly(available, wanted):
 def nearest_prototype_accuracies(features, labels, sets, n_way, progress=iter):
     """Return the accuracy of each support set, float64 [S], by nearest prototype.
 
-    features [N, D] and labels int64 [N] of all images; sets int64 [S, n_way * k]. progress wraps
-    the support sets, to show how far the test is.
+    features [N, D] and labels int64 [N] of all images; sets int64 [S, n_way * k], which several
+    processes share. progress wraps this one's, to show how far the test is.
     """
     if features.device.type != "mps":  # which has no float64
         # 2 v.f - |v|^2 is a difference of large numbers: in TF32 the error would be noticeable.
         features = features.double()
     accuracies = []
-    for support in progress(sets):
+    for support in progress(sets[share()]):
         support = support.to(features.device)
         weight, bias = prototype_head(make_prototypes(features[support], n_way))
         accuracies.append(_share_correct(F.linear(features, weight, bias), labels, support))
-    return torch.tensor(accuracies, dtype=torch.float64)
+    return gather(torch.tensor(accuracies, dtype=torch.float64), len(sets))
 
 
 def adapted_accuracies(
@@ -76,10 +76,10 @@ def adapted_accuracies(
     """Return the accuracy of each support set, float64 [S], after adaptation to it.
 
     Each support set adapts a copy of the encoder, which classifies the queries in eval mode.
-    Several support sets are adapted side by side.
+    Several support sets are adapted side by side, and several processes share them.
 
     images [N, 3, H, W], normalised, and their labels int64 [N]; sets int64 [S, n_way * k].
-    inner_loop: the InnerLoop. progress wraps the support sets, to show how far the test is.
+    inner_loop: the InnerLoop. progress wraps this process's support sets, to show how far it is.
     mirror: the support set includes its mirror images, and the logits of a query are the mean of
     its own and its mirror image's. in_graph: run the inner steps as a CUDA graph.
     Raises UserError where an adaptation diverges.
@@ -87,7 +87,7 @@ def adapted_accuracies(
     workers = Workers(images.device, len(sets), encoder)
     views = 2 if mirror else 1  # of each image
     batch_size = 500 if images.device.type == "cpu" else 2000
-    sets = sets.to(images.device)
+    own_sets = sets[share()].to(images.device)
     y_spt = episode_labels(n_way, sets.shape[1] // n_way * views, images.device)
 
     def view(batch):
@@ -114,13 +114,20 @@ def adapted_accuracies(
 
     if in_graph:
         models = _adapt_in_graph(
-            encoder, sets, lambda support: view(images[support]), y_spt, n_way, inner_loop, workers
+            encoder,
+            own_sets,
+            lambda support: view(images[support]),
+            y_spt,
+            n_way,
+            inner_loop,
+            workers,
         )
         accuracies = (accuracy(*model) for model in models)
     else:
-        accuracies = workers.map(adapt_and_test, sets)
+        accuracies = workers.map(adapt_and_test, own_sets)
     # The support sets are there to be counted; zip stops with them.
-    return torch.tensor([each for _, each in zip(progress(sets), accuracies)], dtype=torch.float64)
+    accuracies = [each for _, each in zip(progress(own_sets), accuracies)]
+    return gather(torch.tensor(accuracies, dtype=torch.float64), len(sets))
 
 
 def _adapt_in_graph(encoder, sets, images_of, y_spt, n_way, inner_loop, workers):

@@ -6,23 +6,15 @@ import torch
 
 
 def make_optimizer(parameters, lr, weight_decay, device):
-    """Return torch's AdamW: one fused call where the device has it, ready for a CUDA graph."""
-    cuda = device.type == "cuda"
-    # A CUDA graph repeats the Python numbers of its recording: there the rate must be a tensor.
-    lr = torch.tensor(lr, device=device) if cuda else lr
-    fused = cuda or device.type == "cpu"
-    return torch.optim.AdamW(
-        parameters, lr=lr, weight_decay=weight_decay, fused=fused, capturable=cuda
-    )
+    """Return torch's AdamW: one fused call where the device has it."""
+    fused = device.type in ("cuda", "cpu")
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=fused)
 
 
 def set_learning_rate(optimizer, lr):
     """Set the learning rate of all parameters."""
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
+        group["lr"] = lr
 
 
 def step_decay(lr, epoch, epochs, drops):

@@ -1,10 +1,21 @@
-"""Independent tasks side by side: threads on the CPU, streams on a GPU."""
+"""Independent tasks side by side: threads on the CPU, streams on a GPU, torchrun's processes.
 
+The processes of torchrun all run the same script and draw the same random numbers; each computes
+its share of the tasks, and sums over all tasks are exchanged. The first process alone reads and
+writes files. Without torchrun there is one process, and what follows does nothing.
+"""
+
+import atexit
+import os
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from datetime import timedelta
 from queue import SimpleQueue
 
 import torch
+from torch import distributed
+
+from common.config import UserError
 
 STREAMS = 4  # tasks that run side by side on a GPU
 
@@ -59,3 +70,121 @@ class Workers:
         for stream in self.streams:
             current.wait_stream(stream)
         return results
+
+
+def process_count():
+    """Return the number of processes that torchrun started, on all machines; else 1."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def process_rank():
+    """Return the number of this process, from 0."""
+    return int(os.environ["RANK"]) if process_count() > 1 else 0
+
+
+def is_first():
+    """Return whether this is the process that reads, writes and prints."""
+    return process_rank() == 0
+
+
+def equal_share(cfg, name):
+    """Return the named number of the config, divided by the number of processes.
+
+    Raises UserError where there is a remainder.
+    """
+    value, count = getattr(cfg, name), process_count()
+    if value % count:
+        raise UserError(
+            f"{name} is {value}, which {count} processes cannot share equally; pass "
+            f"--{name}={-(-value // count) * count} or start another number of processes"
+        )
+    return value // count
+
+
+def share():
+    """Return the slice of tasks that this process computes: `tasks[share()]`."""
+    return slice(process_rank(), None, process_count())
+
+
+def gather(values, count):
+    """Return in every process all results [count, ...], of which `values` are this one's share."""
+    if process_count() == 1:
+        return values
+    results = values.new_zeros(count, *values.shape[1:])
+    results[share()] = values
+    all_reduce(sums=[results])
+    return results
+
+
+@torch.no_grad()
+def all_reduce(sums=(), means=()):
+    """Replace each tensor, in place, by its sum or its mean over the processes, in one message."""
+    if process_count() == 1:
+        return
+    tensors = [*sums, *means]
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    _communicate(distributed.all_reduce, flat)
+    flat[sum(tensor.numel() for tensor in sums) :] /= process_count()
+    for tensor, result in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+        tensor.copy_(result.view(tensor.shape))
+
+
+def agree(*numbers):
+    """Return the largest value of each number in any process, so that all go on alike."""
+    if process_count() == 1:
+        return numbers
+    largest = torch.tensor([int(number) for number in numbers])
+    _communicate(distributed.all_reduce, largest, distributed.ReduceOp.MAX)
+    return largest.tolist()
+
+
+def on_first(function):
+    """Call function() in the first process; return its result, or raise its UserError, in all.
+
+    The result is sent, so that the other processes need no file.
+    """
+    if process_count() == 1:
+        return function()
+    outcome = [None, None]
+    if is_first():
+        try:
+            outcome[0] = function()
+        except UserError as error:
+            outcome[1] = str(error)
+    _communicate(distributed.broadcast_object_list, outcome)
+    if outcome[1]:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
+def is_first_to_fail():
+    """Return whether no other process has asked this before: of several errors one is printed.
+
+    The error that counts is the first; the others follow from it, or are the same.
+    """
+    if process_count() == 1:
+        return True
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+    try:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = distributed.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
+        return store.add(f"failed/{attempt}", 1) == 1
+    except (KeyError, ValueError, RuntimeError):  # torchrun is not there any more
+        return True
+
+
+def _communicate(operation, *arguments):
+    """Call an operation of torch.distributed, which the first call sets up."""
+    try:
+        if not distributed.is_initialized():
+            # Small numbers travel from CPU to CPU, so that a GPU need not be waited for.
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            distributed.init_process_group(backend)
+            atexit.register(distributed.destroy_process_group)
+        operation(*arguments)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0][:160]
+        raise UserError(
+            f"another process ended early or cannot be reached ({reason}); see what it says, then "
+            "start again: what was saved is intact, and a trainer goes on with --resume=true"
+        ) from error

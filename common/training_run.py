@@ -32,6 +32,7 @@ from common.config import UserError
 from common.figures import plot_training_curves
 from common.files import atomic_file, write_text
 from common.optimizer import set_learning_rate
+from common.parallel import agree, is_first, on_first, process_count
 
 SAVE_EVERY = 120  # seconds between two saves inside an epoch
 LOG_EVERY = 20  # steps between two looks at the loss: on a GPU a look waits for all work before it
@@ -49,6 +50,8 @@ NOT_STORED = (
 
 class TrainingRun:
     """The state of one training run, kept on disk: weights, optimizer, random numbers, curves.
+
+    With several processes the state is the same in all, and the first one reads and writes it.
 
     cfg: the script's Config; dataset, checkpoint_dir, epochs, resume and overwrite are read here.
     model: a key of MODEL_NAMES. encoder, optimizer: trained in place by the script.
@@ -78,8 +81,10 @@ class TrainingRun:
         self.history = []  # one dict per epoch, the rows of the CSV
         self.best = None  # the row of the best epoch so far
         self.epoch_start = generator.get_state()
-        self.signal = None  # number of the signal that asked the run to stop
-        self._begin()
+        self.signal = 0  # number of the signal that asked this process to stop
+        last = on_first(self._begin)
+        if last:
+            self._restore(last)
 
     def epochs(self):
         """Yield the numbers of the epochs still to do, from 0; handle SIGINT and SIGTERM."""
@@ -98,11 +103,19 @@ class TrainingRun:
                 signal.signal(number, handler)
 
     def steps(self, count):
-        """Yield the numbers of the steps still to do of an epoch of `count`; save on the way."""
+        """Yield the numbers of the steps still to do of an epoch; save on the way.
+
+        count: steps that the data gives; cfg.steps_per_epoch may ask for fewer.
+        """
+        count = min(count, self.cfg.steps_per_epoch or count)
         saved = time.monotonic()
-        title = f"epoch {self.epoch + 1}/{self.cfg.epochs}"
         with tqdm(
-            total=count, initial=self.step, desc=title, leave=False, dynamic_ncols=True
+            total=count,
+            initial=self.step,
+            desc=f"epoch {self.epoch + 1}/{self.cfg.epochs}",
+            leave=False,
+            dynamic_ncols=True,
+            disable=not is_first(),
         ) as bar:
             while self.step < count:
                 yield self.step
@@ -111,10 +124,11 @@ class TrainingRun:
                 if self.step % LOG_EVERY == 0 or self.step == count:
                     loss, accuracy = self._means()
                     bar.set_postfix(loss=f"{loss:.3f}", acc=f"{accuracy:.1%}")
-                if self.signal or time.monotonic() - saved > SAVE_EVERY:
+                signal, save_now = agree(self.signal, time.monotonic() - saved > SAVE_EVERY)
+                if signal or save_now:
                     self._save_last()
                     saved = time.monotonic()
-                    self._leave_if_asked()
+                    self._leave_if_asked(signal)
 
     def track(self, loss, accuracy):
         """Add one step's loss and accuracy, tensors of one number, without reading them."""
@@ -148,8 +162,10 @@ class TrainingRun:
         # epoch is done again.
         if self.best is None or val_accuracy > self.best["val_accuracy"]:
             self.best = row
-            save_checkpoint(self.best_path, self._contents(row, validated or self.encoder))
-        self._write_csv()
+            if is_first():
+                save_checkpoint(self.best_path, self._contents(row, validated or self.encoder))
+        if is_first():
+            self._write_csv()
         self._save_last()
         print(
             f"epoch {row['epoch']}/{self.cfg.epochs} | lr {lr:.1e} | "
@@ -159,10 +175,12 @@ class TrainingRun:
             f"{time.perf_counter() - self.epoch_clock:.0f} s",
             flush=True,
         )
-        self._leave_if_asked()
+        self._leave_if_asked(*agree(self.signal))
 
     def finish(self, val_way):
         """Draw the training curves and print the best epoch; val_way: classes per episode."""
+        if not is_first():
+            return
         curves = os.path.join(self.folder, f"{self.model}_curves")
         plot_training_curves(self.history, MODEL_NAMES[self.model], self.cfg.dataset, curves)
         epoch, accuracy = self.best["epoch"], self.best["val_accuracy"]
@@ -170,6 +188,7 @@ class TrainingRun:
         print(f"wrote {self.best_path}; next: python evaluate.py --dataset={self.cfg.dataset}")
 
     def _begin(self):
+        """Look at what the folder holds, lock it, and return the state to go on from, if any."""
         last = None
         if os.path.exists(self.last_path) and not self.cfg.overwrite:
             last = load_checkpoint(self.last_path)
@@ -180,9 +199,9 @@ class TrainingRun:
             if last is None:
                 found = f"there is nothing to resume: found no {self.last_path}"
                 raise UserError(f"{found}; start without --resume=true")
-            self._resume(last)
+            self._check_fit(last)
             self._lock()
-            return
+            return last
         if last is not None:
             done, planned = last["epoch"], last["config"]["epochs"]
             if done < max(planned, self.cfg.epochs):
@@ -225,7 +244,8 @@ class TrainingRun:
                 f"cannot write {path}: {error.strerror}; choose another folder, --checkpoint_dir"
             ) from error
 
-    def _resume(self, last):
+    def _check_fit(self, last):
+        """Raise UserError unless a loaded `_last.pt` can go on with this run's config and data."""
         # An option that is younger than the file had its default.
         before = {**_stored(type(self.cfg)()), **last["config"]}
         differences = [
@@ -252,8 +272,10 @@ class TrainingRun:
                 f"cannot resume {self.last_path}: {last['epoch']} epochs are done, "
                 f"--epochs={self.cfg.epochs} asks for fewer; pass at least --epochs={last['epoch']}"
             )
+
+    def _restore(self, last):
         try:
-            self._restore(last)
+            self._load_state(last)
         # What a damaged state holds is refused by whatever layer it reaches first.
         except Exception as error:
             raise UserError(
@@ -265,7 +287,7 @@ class TrainingRun:
             f"{self.step} of the next"
         )
 
-    def _restore(self, last):
+    def _load_state(self, last):
         self.encoder.load_state_dict(last["state_dict"])
         if self.extra_module:
             self.extra_module.load_state_dict(last["extra_module"])
@@ -308,6 +330,8 @@ class TrainingRun:
                 f"the weights became NaN or infinite in epoch {self.epoch + 1}, by step "
                 f"{self.step}; {self._advice()}"
             )
+        if not is_first():
+            return
         save_checkpoint(
             self.last_path,
             {
@@ -350,13 +374,19 @@ class TrainingRun:
         if self.signal == signal.SIGINT == number:
             raise KeyboardInterrupt
         self.signal = number
-        tqdm.write("stopping after this step (once more: at once)", file=sys.stderr)
+        if is_first():
+            tqdm.write("stopping after this step (once more: at once)", file=sys.stderr)
 
-    def _leave_if_asked(self):
-        if self.signal:
+    def _leave_if_asked(self, signal):
+        if signal:
+            agree(0)  # the others wait until the first process has saved
             command = re.sub(r" --(resume|overwrite)[ =]\w+", "", shlex.join(sys.argv))
-            print(f"saved {self.last_path}; go on with: python {command} --resume=true", flush=True)
-            raise SystemExit(128 + self.signal)
+            launcher = "python" if process_count() == 1 else "torchrun ..."
+            print(
+                f"saved {self.last_path}; go on with: {launcher} {command} --resume=true",
+                flush=True,
+            )
+            raise SystemExit(128 + signal)
 
 
 def _stored(cfg):

@@ -6,7 +6,7 @@ import torchvision.transforms.functional as TF
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
 from common.augment import (
-    EpochAugmentation,
+    EpochBatches,
     augment,
     draw_augmentation,
     draw_jitter,
@@ -165,26 +165,42 @@ def test_factors_of_one_leave_the_colours_alone():
     torch.testing.assert_close(jitter_colors(images, torch.ones(4, 3)), images, rtol=0, atol=1e-3)
 
 
+TASKS = torch.arange(24).flip(0).view(3, 4, 2)  # of 3 steps, 4 tasks of 2 images each
+
+
 def epoch(color_jitter):
-    """The draws of an epoch of 3 steps of 4 images, and the state of the generator after it."""
-    images, generator = torch.zeros(12, 3, 32, 40), torch.Generator().manual_seed(5)
-    batches = torch.randperm(12).view(3, 4)
-    views = EpochAugmentation(batches, images, generator, 0.5, color_jitter)
-    return [views.of(step) for step in range(3)], generator.get_state()
+    """What 3 steps of 4 tasks of 2 images take, and the state of the generator after the draws."""
+    images, generator = torch.zeros(24, 3, 32, 40), torch.Generator().manual_seed(5)
+    batches = EpochBatches(TASKS, images, generator, 0.5, color_jitter)
+    assert len(batches) == 3
+    return [batches.of(step) for step in range(3)], generator.get_state()
 
 
-def test_the_steps_of_an_epoch_share_out_what_was_drawn_for_all_of_its_images():
+def test_each_step_of_an_epoch_takes_the_draws_of_its_images():
     generator = torch.Generator().manual_seed(5)
-    expected = *draw_augmentation(12, 32, 40, generator, 0.5), draw_jitter(12, 0.3, generator)
+    boxes, flips = draw_augmentation(24, 32, 40, generator, 0.5)
+    expected = TASKS.flatten(), boxes, flips, draw_jitter(24, 0.3, generator)
     steps, _ = epoch(color_jitter=0.3)
     for found, drawn in zip(zip(*steps), expected, strict=True):
-        assert all(len(of_step) == 4 for of_step in found)
+        assert all(len(of_step) == 8 for of_step in found)
         assert torch.equal(torch.cat(found), drawn)
+
+
+def test_of_two_processes_each_takes_every_second_task_with_its_draws(monkeypatch):
+    alone, _ = epoch(color_jitter=0.3)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        shares, _ = epoch(color_jitter=0.3)
+        for whole, own in zip(alone, shares, strict=True):
+            for numbers, part in zip(whole, own, strict=True):
+                by_task = numbers.view(4, 2, *numbers.shape[1:])
+                assert torch.equal(part, by_task[rank::2].flatten(0, 1))
 
 
 def test_without_jitter_an_epoch_draws_the_same_but_gives_out_no_factors():
     jittered, state = epoch(color_jitter=0.3)
     plain, other_state = epoch(color_jitter=0.0)
     assert torch.equal(state, other_state)
-    for (boxes, flips), (jittered_boxes, jittered_flips, _) in zip(plain, jittered, strict=True):
-        assert torch.equal(boxes, jittered_boxes) and torch.equal(flips, jittered_flips)
+    for found, (*expected, _) in zip(plain, jittered, strict=True):
+        assert all(map(torch.equal, found, expected)) and len(found) == len(expected)

@@ -21,8 +21,8 @@ from common.config import (
     parse_config,
     require,
     require_one_of,
-    run_script,
 )
+from common.script import run_script
 
 SCRIPTS = ("train_classifier", "train_protonet", "train_protomaml", "evaluate")
 

@@ -39,15 +39,8 @@ def test_one_cycle_goes_up_in_the_first_fifth_and_down_to_zero():
     assert 0 < rates[0] < 0.01 * 3e-3 and 0 < rates[-1] < 0.01 * 3e-3
 
 
-@pytest.mark.parametrize("kind", [float, torch.tensor])
-def test_a_learning_rate_is_set_for_all_parameters(kind):
+def test_a_learning_rate_is_set_for_all_parameters():
     groups = [{"params": [torch.nn.Parameter(torch.zeros(2))]} for _ in range(2)]
     optimizer = make_optimizer(groups, 0.1, 0.0, torch.device("cpu"))
-    for group in optimizer.param_groups:
-        group["lr"] = kind(0.1)
-    before = [group["lr"] for group in optimizer.param_groups]
     set_learning_rate(optimizer, 0.5)
-    for group, earlier in zip(optimizer.param_groups, before):
-        assert float(group["lr"]) == 0.5
-        # A CUDA graph reads the tensor that it was recorded with.
-        assert kind is float or group["lr"] is earlier
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
