@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from common.checkpoint import MODEL_NAMES, content_digest, encoder_of, load_checkpoint
 from common.config import UserError, require, require_one_of
-from common.data import load_dataset, normalize, split_classes
+from common.data import load_dataset, normalize
 from common.device import pick_device
 from common.encoder import encode_in_batches
 from common.figures import plot_accuracy_over_k, plot_episode, plot_examples
@@ -41,6 +41,7 @@ from common.kshot import (
 from common.parallel import is_first, on_first, process_count
 from common.samplers import FewShotBatchSampler
 from common.script import run_script
+from common.splits import split_classes
 from common.tables import text_table, write_tables
 
 PROTOCOL = 1  # version of the test: results of another version are not reused

@@ -46,6 +46,7 @@ class Config:
     # data
     dataset: str = "cifar100"  # cifar100, glyphs, or a file or folder of yours in data_dir
     data_dir: str = os.environ.get("PATH_DATASETS", "data")  # folder of the data sets
+    split: str = "auto"  # of the classes: auto, tutorial, cifar_fs, fc100 or a JSON file
     least_crop: float = 0.4  # area of the smallest random crop, as a share of the image
     color_jitter: float = 0.3  # largest random change of brightness, contrast and saturation
     # loss
@@ -129,7 +130,7 @@ def main(cfg):
     device = pick_device(cfg.device)
     torch.manual_seed(cfg.seed)
 
-    data = load_training_data(cfg.dataset, cfg.data_dir, device)
+    data = load_training_data(cfg.dataset, cfg.data_dir, device, cfg.split)
     generator = torch.Generator().manual_seed(cfg.seed)  # draws batches and augmentation
     val_way = min(cfg.n_way, len(data.val.class_names))
     val_episodes = validation_episodes(data.val, val_way, cfg.k_shot, cfg.n_query).to(device)

@@ -65,6 +65,7 @@ class Config:
     # data
     dataset: str = "cifar100"  # cifar100, glyphs, or a file or folder of yours in data_dir
     data_dir: str = os.environ.get("PATH_DATASETS", "data")  # folder of the data sets
+    split: str = "auto"  # of the classes: auto, tutorial, cifar_fs, fc100 or a JSON file
     # episode
     n_way: int = 5  # classes per training task
     k_shot: int = 4  # support images per class
@@ -190,7 +191,7 @@ def main(cfg):
     device = pick_device(cfg.device)
     torch.manual_seed(cfg.seed)
 
-    data = load_training_data(cfg.dataset, cfg.data_dir, device)
+    data = load_training_data(cfg.dataset, cfg.data_dir, device, cfg.split)
     sampler = TaskBatchSampler(
         data.train.labels,
         cfg.tasks_per_step,

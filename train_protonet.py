@@ -50,6 +50,7 @@ class Config:
     # data
     dataset: str = "cifar100"  # cifar100, glyphs, or a file or folder of yours in data_dir
     data_dir: str = os.environ.get("PATH_DATASETS", "data")  # folder of the data sets
+    split: str = "auto"  # of the classes: auto, tutorial, cifar_fs, fc100 or a JSON file
     least_crop: float = 0.8  # area of the smallest random crop, as a share of the image
     color_jitter: float = 0.0  # largest random change of brightness, contrast and saturation
     # episode
@@ -123,7 +124,7 @@ def main(cfg):
     device = pick_device(cfg.device)
     torch.manual_seed(cfg.seed)
 
-    data = load_training_data(cfg.dataset, cfg.data_dir, device)
+    data = load_training_data(cfg.dataset, cfg.data_dir, device, cfg.split)
     sampler = TaskBatchSampler(
         data.train.labels,
         cfg.episodes_per_step,

@@ -35,7 +35,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from common.augment import EpochBatches, augment
 from common.config import UserError, require
 from common.cuda_graph import CudaGraphStep
-from common.data import ImageSet, channel_statistics, load_dataset, normalize, split_classes
+from common.data import ImageSet, channel_statistics, load_dataset, normalize
 from common.device import pick_device
 from common.encoder import Encoder, encode_in_batches
 from common.files import write_text
@@ -55,6 +55,7 @@ from common.parallel import Workers
 from common.prototypes import accuracy, episode_loss
 from common.samplers import FewShotBatchSampler, TaskBatchSampler, episode_labels
 from common.script import run_script
+from common.splits import split_classes
 
 ROOT = sys.path[0]
 N_WAY, K_SHOT, N_QUERY = 5, 4, 4  # of a training task, as in the trainers

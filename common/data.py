@@ -1,4 +1,4 @@
-"""A named data set as tensors; class splits; normalisation.
+"""A named data set as tensors; normalisation.
 
 On disk a data set is `<data_dir>/<name>.npz` with `images` uint8 [N, H, W, 3], `labels` int64 [N]
 in 0..C-1 and `class_names` str [C]; or a folder `<data_dir>/<name>/<class>/*.png|jpg`.
@@ -20,6 +20,7 @@ from common.config import UserError
 from common.files import atomic_file
 from common.glyphs import draw_glyph_digits, draw_glyphs
 from common.parallel import on_first
+from common.splits import class_split
 
 # Of the 50,000 training images of CIFAR-100, for pixel values in 0..1.
 CIFAR100_MEAN = (0.50707516, 0.48654887, 0.44091784)
@@ -34,12 +35,14 @@ class ImageSet:
     """Images of some classes.
 
     images: uint8 [N, 3, H, W]; labels: int64 [N] in 0..C-1; class_names: C of them.
+    split: {"train", "val", "test"}, lists of class names, where the data set brings one.
     """
 
     name: str
     images: torch.Tensor
     labels: torch.Tensor
     class_names: list
+    split: dict | None = None
 
     def of_classes(self, names):
         """Return the ImageSet of the named classes, labels renumbered in the order of `names`.
@@ -92,13 +95,13 @@ class TrainingData:
         return normalize(images, self.mean, self.std)
 
 
-def load_training_data(name, data_dir, device):
+def load_training_data(name, data_dir, device, wanted_split="auto"):
     """Return the TrainingData of the data set `name`, its images on `device`.
 
-    Raises UserError as `load_dataset` and `split_classes` do.
+    Raises UserError as `load_dataset` and `class_split` do.
     """
     data = on_first(lambda: load_dataset(name, data_dir))
-    split = split_classes(data.class_names)
+    split = on_first(lambda: class_split(wanted_split, data))
     train, val = data.of_classes(split["train"]), data.of_classes(split["val"])
     mean, std = channel_statistics(train)
     return TrainingData(train.to(device), val.to(device), split, mean, std, data.digest())
@@ -134,26 +137,6 @@ def load_dataset(name, data_dir):
         np.savez(temporary, images=images, labels=labels, class_names=np.array(class_names))
     print(f"data: wrote {file} ({len(images):,} images, {len(class_names)} classes)")
     return _image_set(name, images, labels, class_names)
-
-
-def split_classes(class_names, seed=0):
-    """Split class names at random into {"train", "val", "test"}: 80, 10 and 10 of 100.
-
-    Other numbers of classes are split in proportion. For 100 classes and seed 0 this is the
-    tutorial's split. Validation and test have at least 2 classes each.
-    Raises UserError for fewer than 6 classes.
-    """
-    count = len(class_names)
-    if count < 6:
-        raise UserError(
-            f"found {count} classes, but at least 6 are needed to train, validate and test on "
-            "different ones; add classes to the data set"
-        )
-    held_out = max(2, round(0.1 * count))
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    names = [class_names[index] for index in order]
-    val, test = count - 2 * held_out, count - held_out  # where these begin
-    return {"train": names[:val], "val": names[val:test], "test": names[test:]}
 
 
 def channel_statistics(train_set):

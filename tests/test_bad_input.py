@@ -20,8 +20,9 @@ import train_protomaml
 import train_protonet
 from common.checkpoint import FORMAT, encoder_of, load_checkpoint, save_checkpoint
 from common.config import UserError, changed_values, parse_config
-from common.data import load_dataset, split_classes
+from common.data import load_dataset
 from common.encoder import Encoder
+from common.splits import split_classes
 
 ROOT = Path(evaluate.__file__).parent
 TINY_ENCODER = {

@@ -31,9 +31,9 @@ from common.data import (
     load_dataset,
     load_training_data,
     normalize,
-    split_classes,
 )
 from common.glyphs import draw_glyph_digits
+from common.splits import split_classes
 
 CIFAR100_CLASSES = """
     apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from common.checkpoint import encoder_of, load_checkpoint
-from common.data import CIFAR100_MEAN, CIFAR100_STD, load_dataset, normalize, split_classes
+from common.data import CIFAR100_MEAN, CIFAR100_STD, load_dataset, normalize
 from common.encoder import encode_in_batches
 from common.kshot import nearest_prototype_accuracies, summarize, support_sets
+from common.splits import split_classes
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"  # beside the project's checkout
 CHECKPOINT = SHARED / "reference" / "ProtoNet.ckpt"

@@ -21,7 +21,8 @@ import train_protonet
 from common import data, training_run
 from common.checkpoint import FIRST_FORMAT, encoder_of, load_checkpoint, save_checkpoint
 from common.config import UserError, parse_config
-from common.data import load_dataset, split_classes
+from common.data import load_dataset
+from common.splits import split_classes
 from common.training_run import TrainingRun
 
 pytestmark = pytest.mark.usefixtures("one_thread")
