@@ -7,6 +7,7 @@ writes files. Without torchrun there is one process, and what follows does nothi
 
 import atexit
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from datetime import timedelta
@@ -74,7 +75,7 @@ class Workers:
 
 def process_count():
     """Return the number of processes that torchrun started, on all machines; else 1."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
 def process_rank():
@@ -183,8 +184,9 @@ def _communicate(operation, *arguments):
             atexit.register(distributed.destroy_process_group)
         operation(*arguments)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0][:160]
+        # "[a file of the library: line] Connection closed by peer [127.0.0.1]:2460. This is ..."
+        reason = re.sub(r"^\[.*?\] ", "", str(error).strip()).split(". ")[0].splitlines()[0]
         raise UserError(
-            f"another process ended early or cannot be reached ({reason}); see what it says, then "
-            "start again: what was saved is intact, and a trainer goes on with --resume=true"
+            f"another process ended early or cannot be reached ({reason[:160]}); see what it says, "
+            "then start again: what was saved is intact, and a trainer goes on with --resume=true"
         ) from error

@@ -46,3 +46,30 @@ def test_cuda_without_a_gpu_is_one_message():
 def test_cuda_may_use_tf32():
     assert pick_device("cuda").type == "cuda"
     assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_each_of_several_processes_gets_a_gpu_of_its_own(there, monkeypatch):
+    asked = []
+
+    def zeros(size, device):
+        asked.append(str(device))
+        raise RuntimeError("invalid device ordinal")
+
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")  # the second one on this machine
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with pytest.raises(UserError, match="invalid device ordinal"):
+        pick_device("auto")
+    assert asked == ["cuda:1" if there else "cpu"]
+
+
+@pytest.mark.parametrize("name", ["cuda:1", "mps"])
+def test_several_processes_cannot_share_one_device(name, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="each gets a GPU of its own"):
+        pick_device(name)

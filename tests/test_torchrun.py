@@ -262,9 +262,11 @@ def test_the_shares_of_the_processes_are_all_tasks_once(monkeypatch):
     assert sorted(shares) == list(range(10))
 
 
-def test_a_rank_without_a_number_of_processes_counts_for_nothing(monkeypatch):
-    monkeypatch.setenv("RANK", "3")
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_only_both_of_torchruns_variables_make_several_processes(name, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv(name, "3")
     assert (process_rank(), process_count(), list(range(3)[share()])) == (0, 1, [0, 1, 2])
 
 
