@@ -28,7 +28,7 @@ from common.augment import EpochBatches, augment
 from common.checkpoint import load_encoder
 from common.config import UserError, require
 from common.cuda_graph import CudaGraphStep
-from common.data import load_training_data
+from common.data import SMALLEST_IMAGE, load_training_data
 from common.device import pick_device
 from common.encoder import Encoder, encode_in_batches, with_principal_features
 from common.optimizer import make_optimizer, one_cycle, set_learning_rate
@@ -47,6 +47,7 @@ class Config:
     dataset: str = "cifar100"  # cifar100, glyphs, or a file or folder of yours in data_dir
     data_dir: str = os.environ.get("PATH_DATASETS", "data")  # folder of the data sets
     split: str = "auto"  # of the classes: auto, tutorial, cifar_fs, fc100 or a JSON file
+    image_size: int = 32  # side in pixels that a folder's photographs are brought to
     least_crop: float = 0.4  # area of the smallest random crop, as a share of the image
     color_jitter: float = 0.3  # largest random change of brightness, contrast and saturation
     # loss
@@ -76,6 +77,7 @@ class Config:
     overwrite: bool = False  # discard the unfinished run
 
     def __post_init__(self):
+        require(self, "image_size", least=SMALLEST_IMAGE)
         require(self, "n_way", "batch_size", least=2)
         require(self, "k_shot", "n_query", "proto_dim", "epochs", least=1)
         require(self, "weight_decay", "steps_per_epoch", "seed", least=0)
@@ -130,7 +132,7 @@ def main(cfg):
     device = pick_device(cfg.device)
     torch.manual_seed(cfg.seed)
 
-    data = load_training_data(cfg.dataset, cfg.data_dir, device, cfg.split)
+    data = load_training_data(cfg.dataset, cfg.data_dir, device, cfg.split, cfg.image_size)
     generator = torch.Generator().manual_seed(cfg.seed)  # draws batches and augmentation
     val_way = min(cfg.n_way, len(data.val.class_names))
     val_episodes = validation_episodes(data.val, val_way, cfg.k_shot, cfg.n_query).to(device)

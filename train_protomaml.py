@@ -31,7 +31,7 @@ from common.augment import EpochBatches, augment
 from common.checkpoint import starting_encoder
 from common.config import UserError, require, require_one_of
 from common.cuda_graph import CudaGraphStep
-from common.data import load_training_data
+from common.data import SMALLEST_IMAGE, load_training_data
 from common.device import pick_device
 from common.inner_loop import (
     BATCHNORMS,
@@ -66,6 +66,7 @@ class Config:
     dataset: str = "cifar100"  # cifar100, glyphs, or a file or folder of yours in data_dir
     data_dir: str = os.environ.get("PATH_DATASETS", "data")  # folder of the data sets
     split: str = "auto"  # of the classes: auto, tutorial, cifar_fs, fc100 or a JSON file
+    image_size: int = 32  # side in pixels that a folder's photographs are brought to
     # episode
     n_way: int = 5  # classes per training task
     k_shot: int = 4  # support images per class
@@ -97,6 +98,7 @@ class Config:
     overwrite: bool = False  # discard the unfinished run
 
     def __post_init__(self):
+        require(self, "image_size", least=SMALLEST_IMAGE)
         require(self, "n_way", *(["val_way"] if self.val_way else []), least=2)
         require(
             self, "k_shot", "n_query", "tasks_per_step", "proto_dim", "num_inner_steps", least=1
@@ -191,7 +193,7 @@ def main(cfg):
     device = pick_device(cfg.device)
     torch.manual_seed(cfg.seed)
 
-    data = load_training_data(cfg.dataset, cfg.data_dir, device, cfg.split)
+    data = load_training_data(cfg.dataset, cfg.data_dir, device, cfg.split, cfg.image_size)
     sampler = TaskBatchSampler(
         data.train.labels,
         cfg.tasks_per_step,

@@ -28,7 +28,7 @@ from common.augment import EpochBatches, augment
 from common.checkpoint import starting_encoder
 from common.config import require
 from common.cuda_graph import CudaGraphStep
-from common.data import load_training_data
+from common.data import SMALLEST_IMAGE, load_training_data
 from common.device import pick_device
 from common.encoder import encode_in_batches
 from common.inner_loop import (
@@ -51,6 +51,7 @@ class Config:
     dataset: str = "cifar100"  # cifar100, glyphs, or a file or folder of yours in data_dir
     data_dir: str = os.environ.get("PATH_DATASETS", "data")  # folder of the data sets
     split: str = "auto"  # of the classes: auto, tutorial, cifar_fs, fc100 or a JSON file
+    image_size: int = 32  # side in pixels that a folder's photographs are brought to
     least_crop: float = 0.8  # area of the smallest random crop, as a share of the image
     color_jitter: float = 0.0  # largest random change of brightness, contrast and saturation
     # episode
@@ -77,6 +78,7 @@ class Config:
     overwrite: bool = False  # discard the unfinished run
 
     def __post_init__(self):
+        require(self, "image_size", least=SMALLEST_IMAGE)
         require(self, "n_way", *(["val_way"] if self.val_way else []), least=2)
         require(self, "k_shot", "n_query", "episodes_per_step", "proto_dim", "epochs", least=1)
         require(self, "weight_decay", "steps_per_epoch", "seed", least=0)
@@ -124,7 +126,7 @@ def main(cfg):
     device = pick_device(cfg.device)
     torch.manual_seed(cfg.seed)
 
-    data = load_training_data(cfg.dataset, cfg.data_dir, device, cfg.split)
+    data = load_training_data(cfg.dataset, cfg.data_dir, device, cfg.split, cfg.image_size)
     sampler = TaskBatchSampler(
         data.train.labels,
         cfg.episodes_per_step,

@@ -220,6 +220,9 @@ def _check_contents(contents, path):
         for name, allowed in (("output_init", OUTPUT_INITS), ("batchnorm", BATCHNORMS)):
             if config.get(name, allowed[0]) not in allowed:
                 wrong.append(name)
+    image_size = contents["config"].get("image_size", 32) if not wrong else 32
+    if not (isinstance(image_size, int) and image_size > 0):
+        wrong.append("image_size")
     if wrong:
         raise UserError(
             f"{path} is damaged: its {wrong[0]!r} cannot be used; pass another file or train again"

@@ -1,11 +1,14 @@
 """A named data set as tensors; normalisation.
 
 On disk a data set is `<data_dir>/<name>.npz` with `images` uint8 [N, H, W, 3], `labels` int64 [N]
-in 0..C-1 and `class_names` str [C]; or a folder `<data_dir>/<name>/<class>/*.png|jpg`.
+in 0..C-1 and `class_names` str [C]; or a folder of photographs, `<data_dir>/<name>/<class>/*.jpg`.
+A split of its own is an array `split` str [C], the part of each class; or folders
+`<data_dir>/<name>/<part>/<class>`. The parts are train, val and test.
 """
 
 import functools
 import hashlib
+import math
 import os
 import socket
 from dataclasses import dataclass
@@ -14,13 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from PIL import Image
 
 from common.config import UserError
 from common.files import atomic_file
 from common.glyphs import draw_glyph_digits, draw_glyphs
+from common.images import IMAGE_SUFFIXES, list_folder, list_images, original_size, read_images
 from common.parallel import on_first
-from common.splits import class_split
+from common.splits import PARTS, check_split, class_split
 
 # Of the 50,000 training images of CIFAR-100, for pixel values in 0..1.
 CIFAR100_MEAN = (0.50707516, 0.48654887, 0.44091784)
@@ -65,7 +68,7 @@ class ImageSet:
     def to(self, device):
         """Return the same ImageSet on `device`, stored channels last as convolutions read it."""
         images = self.images.to(device).contiguous(memory_format=torch.channels_last)
-        return ImageSet(self.name, images, self.labels.to(device), self.class_names)
+        return ImageSet(self.name, images, self.labels.to(device), self.class_names, self.split)
 
     def digest(self):
         """Return the SHA-256 of images, labels and class names in hexadecimal."""
@@ -95,24 +98,25 @@ class TrainingData:
         return normalize(images, self.mean, self.std)
 
 
-def load_training_data(name, data_dir, device, wanted_split="auto"):
+def load_training_data(name, data_dir, device, wanted_split="auto", image_size=32):
     """Return the TrainingData of the data set `name`, its images on `device`.
 
     Raises UserError as `load_dataset` and `class_split` do.
     """
-    data = on_first(lambda: load_dataset(name, data_dir))
+    data = on_first(lambda: load_dataset(name, data_dir, image_size))
     split = on_first(lambda: class_split(wanted_split, data))
     train, val = data.of_classes(split["train"]), data.of_classes(split["val"])
     mean, std = channel_statistics(train)
     return TrainingData(train.to(device), val.to(device), split, mean, std, data.digest())
 
 
-def load_dataset(name, data_dir):
+def load_dataset(name, data_dir, image_size=32):
     """Return the ImageSet `name` from `data_dir`, where it is downloaded or drawn if need be.
 
     Known by name: cifar100, svhn, mnist (downloaded through torchvision), glyphs, glyph_digits
-    (drawn). Any other name is a file or a folder of the user's. Raises UserError where there is no
-    such data or it is malformed.
+    (drawn). Any other name is a file or a folder of the user's. A folder's images are brought to
+    image_size x image_size pixels and kept as a file beside it, until the folder changes. Raises
+    UserError where there is no such data, it is malformed, or a file's images have another size.
     """
     file, folder = Path(data_dir, f"{name}.npz"), Path(data_dir, name)
     # A name that is a path, or longer than a file's name may be, never reaches the file system.
@@ -121,12 +125,16 @@ def load_dataset(name, data_dir):
             f"{name!r} is not the name of a data set: pass a plain name, and the folder that holds "
             "it as --data_dir=FOLDER"
         )
-    if file.exists():
-        return _read_npz(name, file)
     # Not for the names in SOURCES: torchvision keeps its files in a folder MNIST, which a file
     # system that ignores case finds as mnist, too.
-    if folder.is_dir() and name not in SOURCES:
-        return _read_folder(name, folder)
+    has_folder = folder.is_dir() and name not in SOURCES
+    data = made_from = None
+    if file.exists():
+        data, made_from = _read_npz(name, file)
+        if not (made_from and has_folder):  # the user's own file, or all that is left
+            return _check_size(data, image_size, file)
+    if has_folder:
+        return _read_folder(name, folder, image_size, file, data, made_from)
     if name not in SOURCES:
         raise UserError(
             f"there is no data set {name!r}: found neither {file} nor the folder {folder}; put "
@@ -136,7 +144,7 @@ def load_dataset(name, data_dir):
     with atomic_file(file) as temporary:
         np.savez(temporary, images=images, labels=labels, class_names=np.array(class_names))
     print(f"data: wrote {file} ({len(images):,} images, {len(class_names)} classes)")
-    return _image_set(name, images, labels, class_names)
+    return _check_size(_image_set(name, images, labels, class_names), image_size, file)
 
 
 def channel_statistics(train_set):
@@ -172,6 +180,7 @@ def _per_channel(values, device):
 
 
 def _read_npz(name, file):
+    """Return the ImageSet in a file, and the state of the folder that it was made from, if any."""
     how = (
         "the format is images uint8 [N, H, W, 3], labels int64 [N], class_names str [C]; "
         f"delete {file} or write it again"
@@ -186,6 +195,8 @@ def _read_npz(name, file):
             images, labels = np.asarray(arrays["images"]), np.asarray(arrays["labels"])
             class_names = np.asarray(arrays["class_names"])
             names = class_names.tolist()
+            parts = np.asarray(arrays["split"]) if "split" in found else None
+            made_from = str(arrays["folder_state"]) if "folder_state" in found else None
     except UserError:
         raise
     # A damaged archive can fail in any layer below: zip, zlib, numpy's header, the memory it asks
@@ -201,59 +212,124 @@ def _read_npz(name, file):
     if class_names.dtype.kind != "U" or class_names.ndim != 1:
         found = f"class_names are {class_names.dtype} {list(class_names.shape)}"
         raise UserError(f"{file}: {found}; {how}")
-    return _image_set(name, images, labels, names, file)
+    data = _image_set(name, images, labels, names, file)
+    if parts is not None:
+        _check_parts(parts, len(names), file)
+        data.split = _split_of(names, parts, file)
+    return data, made_from
 
 
-def _read_folder(name, folder):
-    class_folders = [path for path in _listed(folder) if path.is_dir()]
-    if not class_folders:
+def _check_parts(parts, count, file):
+    if parts.dtype.kind != "U" or parts.shape != (count,):
+        found = f"is {parts.dtype} {list(parts.shape)} for {count} classes"
+    elif unknown := set(parts.tolist()) - set(PARTS):
+        found = f"names a part {min(unknown)!r}"
+    else:
+        return
+    raise UserError(f"{file}: split {found}; give each class train, val or test, as str [C]")
+
+
+def _read_folder(name, folder, image_size, file, kept, made_from):
+    """Return the ImageSet of a folder, and keep it in `file`; or `kept`, if that is still the same.
+
+    made_from: the state of the folder when `kept` was read from it.
+    """
+    class_folders, parts = _class_folders(folder)
+    class_names = [path.name for path in class_folders]
+    split = None if parts is None else _split_of(class_names, parts, folder)
+    files = [_images_of_class(path) for path in class_folders]
+    paths = [path for own in files for path in own]
+    state = _folder_state(folder, paths, image_size)
+    if state == made_from:
+        return kept
+    if made_from:
+        print(f"{folder}, or --image_size, changed since {file} was made; reading the images again")
+    images = read_images(paths, image_size, str(folder))
+    labels = np.repeat(np.arange(len(files)), [len(own) for own in files]).astype(np.int64)
+    data = _image_set(name, images, labels, class_names, folder)
+    data.split = split
+    found, wanted = _size_range(paths), f"{image_size}x{image_size}"
+    brought = f", brought to {wanted}" if found != wanted else ""
+    print(f"{folder}: {len(paths):,} images of {found} pixels in {len(files)} classes{brought}")
+    arrays = {"images": images, "labels": labels, "class_names": np.array(class_names)}
+    arrays |= {"split": np.array(parts)} if split else {}
+    try:
+        with atomic_file(file) as temporary:
+            np.savez(temporary, **arrays, folder_state=np.array(state))
+    except UserError as error:
+        print(f"{folder} will be read again at the next start: {error}")
+    return data
+
+
+def _class_folders(folder):
+    """Return the folders of the classes, and the part of each class where there are parts."""
+    found = [path for path in list_folder(folder) if path.is_dir()]
+    if not found:
         where = f"{folder}/<class>/"
         raise UserError(f"{folder} holds no class: put the images of each class into {where}")
-    images, labels, first = [], [], None
-    for label, class_folder in enumerate(class_folders):
-        suffixes = (".png", ".jpg", ".jpeg")
-        files = [path for path in _listed(class_folder) if path.suffix.lower() in suffixes]
-        if not files:
-            raise UserError(
-                f"class folder {class_folder} holds no .png or .jpg file; add images or remove it"
-            )
-        for file in files:
-            image = _read_image(file)
-            first = first or (file, image.shape)
-            if image.shape != first[1]:
-                raise UserError(
-                    f"{file} is {_size(image.shape)} but {first[0]} is {_size(first[1])}; "
-                    "bring all images to one size"
-                )
-            images.append(image)
-            labels.append(label)
-    class_names = [path.name for path in class_folders]
-    labels = np.array(labels, dtype=np.int64)
-    return _image_set(name, np.stack(images), labels, class_names, folder)
+    if {path.name for path in found} != set(PARTS):
+        return found, None
+    found = [path for part in PARTS for path in list_folder(folder / part) if path.is_dir()]
+    return found, [path.parent.name for path in found]
 
 
-def _listed(folder):
-    """Return a folder's paths, sorted, without hidden ones (macOS puts a ._x.png beside x.png)."""
-    try:
-        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    except OSError as error:
-        reason = f"{folder} cannot be read: {error.strerror}"
-        raise UserError(f"{reason}; change its permissions") from error
+def _images_of_class(class_folder):
+    files = list_images(class_folder)
+    if not files:
+        in_place_of_parts = " (a split needs train, val and test, and no other folder beside them)"
+        raise UserError(
+            f"class folder {class_folder} holds no image ({', '.join(IMAGE_SUFFIXES)}); add images "
+            f"or remove it{in_place_of_parts if class_folder.name in PARTS else ''}"
+        )
+    return files
 
 
-def _read_image(file):
-    try:
-        with Image.open(file) as image:
-            if image.mode.startswith("I"):  # 16 bits of grey, which convert() would cut off at 255
-                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = f"{file} cannot be read as an image: {error}"
-        raise UserError(f"{reason}; replace or remove it") from error
+def _folder_state(folder, paths, image_size):
+    """Return a digest of what decides an ImageSet: image_size, and the files as far as stat() sees.
+
+    A file that was edited has another size or another time.
+    """
+    digest = hashlib.sha256(str(image_size).encode())
+    for path in paths:
+        try:
+            stat = path.stat()
+        except OSError as error:
+            reason = f"{path} cannot be read: {error.strerror}"
+            raise UserError(f"{reason}; replace or remove it") from error
+        digest.update(os.fsencode(path.relative_to(folder)))
+        digest.update(f"\0{stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _size_range(paths):
+    sizes = [original_size(path) for path in paths]
+    smallest, largest = (
+        "{}x{}".format(*choose(sizes, key=lambda size: (math.prod(size), size)))
+        for choose in (min, max)
+    )
+    return smallest if smallest == largest else f"{smallest} to {largest}"
+
+
+def _split_of(class_names, parts, source):
+    """Return {"train", "val", "test"}: lists of class names, given the part of each class."""
+    split = {part: [name for name, of in zip(class_names, parts) if of == part] for part in PARTS}
+    check_split(split, class_names, source)
+    return split
 
 
 def _size(shape):
     return f"{shape[1]}x{shape[0]} pixels"
+
+
+def _check_size(data, image_size, file):
+    """Return the ImageSet of a file, whose images keep their size, or raise UserError."""
+    height, width = data.images.shape[2:]
+    if image_size != 32 and (height, width) != (image_size, image_size):
+        raise UserError(
+            f"images are {width}x{height} in {file}, not {image_size}x{image_size}; --image_size "
+            "changes only images in a folder: put them into one, or train without it"
+        )
+    return data
 
 
 def _image_set(name, images, labels, class_names, source=None):

@@ -209,6 +209,9 @@ def test_the_untouched_small_checkpoint_is_accepted(model, class_names, glyph_di
         ({"epoch": "last"}, "epoch"),
         ({"state_dict": {}}, "weights do not fit"),
         ({"format": "few-shot checkpoint, version 0"}, "version 0"),
+        ({"config": {"image_size": "large"}}, "its 'image_size' cannot be used"),
+        ({"config": {"image_size": 0}}, "its 'image_size' cannot be used"),
+        ({"config": {"image_size": 64}}, "images are 32x32 in .*glyphs.npz, not 64x64"),
     ],
     ids=name_of,
 )
@@ -277,6 +280,21 @@ def test_checkpoints_of_different_class_splits_do_not_share_a_table(
         UserError, match="first.pt and .*second.pt were trained on different classes"
     ):
         evaluate_file(tmp_path / "first.pt", glyph_dir, tmp_path, second)
+
+
+def test_checkpoints_of_different_image_sizes_do_not_share_a_table(
+    class_names, glyph_dir, tmp_path
+):
+    save_checkpoint(tmp_path / "first.pt", tiny_checkpoint(class_names))
+    second = tiny_checkpoint(class_names, "maml")
+    second["config"]["image_size"] = 64
+    save_checkpoint(tmp_path / "second.pt", second)
+    message = "first.pt was trained with --image_size=32 and .*second.pt with 64"
+    with pytest.raises(UserError, match=message) as error:
+        evaluate_file(
+            tmp_path / "first.pt", glyph_dir, tmp_path, f"--maml={tmp_path / 'second.pt'}"
+        )
+    assert one_line(error)
 
 
 def test_no_checkpoint_at_all_says_how_to_make_one(glyph_dir, tmp_path):

@@ -1,5 +1,6 @@
 """Data sets: both formats, one message per kind of damage, class splits, statistics, downloads."""
 
+import errno
 import functools
 import gzip
 import hashlib
@@ -8,6 +9,7 @@ import io
 import os
 import pickle
 import re
+import shutil
 import socket
 import struct
 import tarfile
@@ -21,6 +23,7 @@ import torch
 import torchvision
 from PIL import Image
 
+from common import images
 from common.config import UserError
 from common.data import (
     CIFAR100_MEAN,
@@ -399,9 +402,10 @@ def test_a_folder_of_png_files_is_read_pixel_by_pixel(tmp_path, mode):
     data = load_dataset("mine", tmp_path)
     assert data.class_names == ["ant", "bee", "dog"]
     assert data.labels.dtype == torch.int64 and data.labels.tolist() == 3 * [0] + 3 * [1] + 3 * [2]
-    assert data.images.dtype == torch.uint8 and data.images.shape == (9, 3, 32, 40)
+    assert data.images.dtype == torch.uint8 and data.images.shape == (9, 3, 32, 32)
     expected = np.stack([pixels[name, number] for name in data.class_names for number in range(3)])
-    assert np.array_equal(data.images.permute(0, 2, 3, 1).numpy(), expected)
+    middle = expected[:, :, 4:36]
+    assert np.array_equal(data.images.permute(0, 2, 3, 1).numpy(), middle)
 
 
 @pytest.mark.parametrize(
@@ -416,25 +420,13 @@ def test_jpg_files_and_capital_suffixes_are_read(tmp_path, suffix, mode):
     assert np.array_equal(data.images[3].permute(1, 2, 0).numpy(), expected)
 
 
-def test_16_bit_grey_images_keep_their_shades_or_are_refused(tmp_path):
-    # Cut off at 255, as a plain conversion does, nearly all of such an image would be white.
-    pixels = (np.arange(32 * 32).reshape(32, 32) * 64).astype(np.uint16)
-    for name in ("ant", "bee"):
-        (tmp_path / "mine" / name).mkdir(parents=True)
-        Image.fromarray(pixels).save(tmp_path / "mine" / name / "0.png")
-    try:
-        found = load_dataset("mine", tmp_path).images[0, 0].numpy().astype(int)
-    except UserError as error:
-        assert "0.png" in str(error)
-    else:
-        assert np.abs(found - pixels // 256).max() <= 1
-
-
 def test_other_files_and_hidden_folders_are_not_taken_for_images(tmp_path):
     save_images(tmp_path / "mine")
     (tmp_path / "mine" / "README.txt").write_text("where the images come from")
     (tmp_path / "mine" / "ant" / "Thumbs.db").write_bytes(b"x")
     (tmp_path / "mine" / ".cache").mkdir()
+    (tmp_path / "mine" / "bee" / "discarded").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "mine" / "bee" / "discarded" / "0.png")
     data = load_dataset("mine", tmp_path)
     assert data.class_names == ["ant", "bee"] and len(data.images) == 4
 
@@ -442,6 +434,7 @@ def test_other_files_and_hidden_folders_are_not_taken_for_images(tmp_path):
 def test_the_order_of_the_images_does_not_depend_on_the_file_system(tmp_path, monkeypatch):
     save_images(tmp_path / "mine", ("a", "b", "c"), count=5)
     forward = load_dataset("mine", tmp_path)
+    (tmp_path / "mine.npz").unlink()
     listed = os.listdir
     monkeypatch.setattr(os, "listdir", lambda *path: sorted(listed(*path), reverse=True))
 
@@ -473,7 +466,7 @@ def test_an_empty_class_folder_is_named(tmp_path):
     save_images(tmp_path / "mine")
     (tmp_path / "mine" / "cat").mkdir()
     (tmp_path / "mine" / "cat" / "0.gif").write_bytes(b"GIF89a")
-    found = f"{tmp_path / 'mine' / 'cat'} holds no .png or .jpg file"
+    found = f"{tmp_path / 'mine' / 'cat'} holds no image (.jpg, .jpeg, .png, "
     message_of("mine", tmp_path, found, "add images or remove it")
 
 
@@ -518,6 +511,7 @@ def test_an_image_with_damaged_bytes_is_named_or_still_readable(tmp_path):
         damaged = bytearray(content)
         damaged[place] ^= int(rng.integers(1, 256))
         path.write_bytes(damaged)
+        (tmp_path / "mine.npz").unlink(missing_ok=True)
         try:
             load_dataset("mine", tmp_path)
         except UserError as error:
@@ -526,17 +520,293 @@ def test_an_image_with_damaged_bytes_is_named_or_still_readable(tmp_path):
     assert refused > 20
 
 
-def test_images_of_different_sizes_are_refused_with_both_files_and_sizes(tmp_path):
-    save_images(tmp_path / "mine", size=(32, 36))
-    first, odd = tmp_path / "mine" / "ant" / "0.png", tmp_path / "mine" / "bee" / "1.png"
-    Image.new("RGB", (32, 40)).save(odd)
-    found = f"{odd} is 32x40 pixels but {first} is 32x36 pixels"
-    message_of("mine", tmp_path, found, "one size")
+def test_images_of_all_sizes_are_brought_to_one_and_a_line_says_so(tmp_path, capsys):
+    folder = tmp_path / "mine"
+    save_images(folder, size=(20, 64))
+    Image.new("RGB", (300, 200), "red").save(folder / "bee" / "2.jpg")
+    Image.new("L", (7, 12), 99).save(folder / "ant" / "2.bmp")
+    data = load_dataset("mine", tmp_path)
+    assert data.images.shape == (6, 3, 32, 32)
+    assert (data.images[2] == 99).all() and data.images[5, 0].min() > 250
+    lines = [f"{folder}: 6 images of 7x12 to 300x200 pixels in 2 classes, brought to 32x32"]
+    assert capsys.readouterr().out.splitlines() == lines
+    assert load_dataset("mine", tmp_path, 48).images.shape == (6, 3, 48, 48)
 
 
-def test_a_folder_of_images_too_small_for_the_encoder_is_refused(tmp_path):
-    save_images(tmp_path / "mine", size=(28, 28))
-    message_of("mine", tmp_path, tmp_path / "mine", "28x28", "29x29")
+def test_images_that_have_the_size_already_are_not_said_to_be_brought_to_it(tmp_path, capsys):
+    save_images(tmp_path / "mine")
+    load_dataset("mine", tmp_path)
+    line = f"{tmp_path / 'mine'}: 4 images of 32x32 pixels in 2 classes\n"
+    assert capsys.readouterr().out == line
+
+
+def test_a_size_too_small_for_the_encoder_is_refused(tmp_path):
+    save_images(tmp_path / "mine")
+    with pytest.raises(UserError, match="28x28 pixels, but the encoder needs at least 29x29"):
+        load_dataset("mine", tmp_path, 28)
+    assert not (tmp_path / "mine.npz").exists()
+
+
+@pytest.mark.parametrize("size", [29, 64])
+def test_images_in_a_file_keep_their_size_and_another_one_is_refused(tmp_path, size):
+    np.savez(tmp_path / "mine.npz", **arrays(height=48, width=48))
+    same_file = load_dataset("mine", tmp_path), load_dataset("mine", tmp_path, 48)
+    assert same_file[0].images.shape == same_file[1].images.shape == (9, 3, 48, 48)
+    found = f"images are 48x48 in {tmp_path / 'mine.npz'}, not {size}x{size}"
+    with pytest.raises(UserError) as caught:
+        load_dataset("mine", tmp_path, size)
+    assert found in str(caught.value) and "changes only images in a folder" in str(caught.value)
+
+
+def test_a_file_of_images_that_are_not_square_is_no_file_of_one_size(tmp_path):
+    np.savez(tmp_path / "mine.npz", **arrays(height=48, width=40))
+    for size in (40, 48):
+        with pytest.raises(UserError, match="images are 40x48 in "):
+            load_dataset("mine", tmp_path, size)
+
+
+def test_drawn_images_keep_their_size(tmp_path, quick_digits):
+    with pytest.raises(UserError, match="images are 32x32 in .*glyph_digits.npz, not 64x64"):
+        load_dataset("glyph_digits", tmp_path, 64)
+    assert len(load_dataset("glyph_digits", tmp_path, 32).images) == 10
+
+
+# ---- what is kept of a folder
+
+
+@pytest.fixture
+def no_reading(monkeypatch):
+    """Return a function after which no image can be read."""
+
+    def fail(path, size):
+        raise AssertionError(f"{path} is read again")
+
+    return lambda: monkeypatch.setattr(images, "read_image", fail)
+
+
+def test_the_second_time_a_folder_is_not_read(tmp_path, no_reading, capsys):
+    save_images(tmp_path / "mine", size=(50, 40))
+    first = load_dataset("mine", tmp_path, 36)
+    assert sorted(os.listdir(tmp_path)) == ["mine", "mine.npz"]
+    capsys.readouterr()
+    no_reading()
+    second = load_dataset("mine", tmp_path, 36)
+    assert_same_data(second, first)
+    assert second.digest() == first.digest() and second.split is None
+    assert capsys.readouterr().out == ""
+
+
+def add_image(folder):
+    Image.new("RGB", (32, 32)).save(folder / "bee" / "new.png")
+
+
+def edit_image(folder):
+    file = folder / "bee" / "1.png"
+    stat = file.stat()
+    Image.new("RGB", (32, 32)).save(file)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # the number of bytes tells
+
+
+def touch_image(folder):
+    file = folder / "bee" / "1.png"
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
+
+
+def add_class(folder):
+    shutil.copytree(folder / "ant", folder / "cat")
+
+
+CHANGES = {
+    "an image more": add_image,
+    "an image less": lambda folder: (folder / "bee" / "1.png").unlink(),
+    "an image edited": edit_image,
+    "an image saved again": touch_image,
+    "an image renamed": lambda folder: (folder / "bee" / "1.png").rename(folder / "bee" / "a.png"),
+    "an image in another class": lambda folder: (folder / "bee" / "1.png").rename(
+        folder / "ant" / "b.png"
+    ),
+    "a class more": add_class,
+    "a class renamed": lambda folder: (folder / "bee").rename(folder / "wasp"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_changed_folder_is_read_again_and_a_line_says_so(tmp_path, what, no_reading, capsys):
+    folder, file = tmp_path / "mine", tmp_path / "mine.npz"
+    save_images(folder)
+    before = load_dataset("mine", tmp_path).digest()
+    CHANGES[what](folder)
+    capsys.readouterr()
+    data = load_dataset("mine", tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    changed = f"{folder}, or --image_size, changed since {file} was made; reading the images again"
+    assert lines[0] == changed and lines[1].startswith(f"{folder}: ") and len(lines) == 2
+    same_images = what in ("an image saved again", "an image renamed")
+    assert (data.digest() == before) == same_images
+
+    file.rename(tmp_path / "other.npz")
+    assert_same_data(load_dataset("mine", tmp_path), data)  # as if read for the first time
+    no_reading()
+    assert_same_data(load_dataset("mine", tmp_path), data)
+
+
+def test_another_image_size_is_read_again(tmp_path, no_reading, capsys):
+    save_images(tmp_path / "mine", size=(64, 64))
+    load_dataset("mine", tmp_path)
+    data = load_dataset("mine", tmp_path, 40)
+    assert data.images.shape == (4, 3, 40, 40)
+    assert "reading the images again" in capsys.readouterr().out
+    no_reading()
+    assert_same_data(load_dataset("mine", tmp_path, 40), data)
+
+
+def test_without_its_folder_what_was_kept_is_used(tmp_path):
+    save_images(tmp_path / "mine", size=(50, 50))
+    first = load_dataset("mine", tmp_path, 40)
+    shutil.rmtree(tmp_path / "mine")
+    for size in (40, 32):  # as any file: the size that its images have
+        assert_same_data(load_dataset("mine", tmp_path, size), first)
+
+
+def test_a_class_folder_that_was_emptied_is_named_though_its_images_were_kept(tmp_path):
+    save_images(tmp_path / "mine")
+    load_dataset("mine", tmp_path)
+    for file in (tmp_path / "mine" / "bee").iterdir():
+        file.unlink()
+    message_of("mine", tmp_path, f"{tmp_path / 'mine' / 'bee'} holds no image")
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path):
+    save_images(tmp_path / "mine")
+    (tmp_path / "mine" / "bee" / "2.png").symlink_to(tmp_path / "absent.png")
+    message_of("mine", tmp_path, "2.png cannot be read: No such file", "replace or remove it")
+
+
+@pytest.mark.parametrize("reason", [errno.EACCES, errno.ENOSPC])
+def test_a_folder_beside_which_nothing_can_be_written_is_used_all_the_same(
+    tmp_path, reason, monkeypatch, capsys
+):
+    def refuse(path, **options):
+        with open(path, "wb") as file:
+            file.write(b"half")
+        raise OSError(reason, os.strerror(reason))
+
+    save_images(tmp_path / "mine")
+    monkeypatch.setattr(np, "savez", refuse)
+    data = load_dataset("mine", tmp_path)
+    assert len(data.images) == 4 and os.listdir(tmp_path) == ["mine"]
+    lines = capsys.readouterr().out.splitlines()
+    will = f"{tmp_path / 'mine'} will be read again at the next start: cannot write "
+    assert len(lines) == 2 and lines[1].startswith(will) and os.strerror(reason) in lines[1]
+
+
+def test_an_unreadable_image_leaves_no_file(tmp_path):
+    save_images(tmp_path / "mine")
+    (tmp_path / "mine" / "bee" / "1.png").write_bytes(b"no image")
+    message_of("mine", tmp_path, "1.png")
+    assert os.listdir(tmp_path) == ["mine"]
+
+
+# ---- a split of the data set's own
+
+OWN_SPLIT = {"train": ["dog", "ant", "cow"], "val": ["bee", "emu"], "test": ["cat", "fox"]}
+
+
+def save_parts(folder, split=OWN_SPLIT):
+    for part, names in split.items():
+        (folder / part).mkdir(parents=True)
+        save_images(folder / part, names)
+
+
+def test_folders_of_three_parts_are_one_data_set_with_a_split(tmp_path, no_reading, capsys):
+    save_parts(tmp_path / "mine")
+    expected = {part: sorted(names) for part, names in OWN_SPLIT.items()}
+    data = load_dataset("mine", tmp_path)
+    assert data.split == expected and list(data.split) == ["train", "val", "test"]
+    assert data.class_names == [name for part in expected.values() for name in part]
+    assert data.labels.tolist() == [label for label in range(7) for _ in range(2)]
+    assert "14 images of 32x32 pixels in 7 classes" in capsys.readouterr().out
+    with Image.open(tmp_path / "mine" / "test" / "fox" / "1.png") as image:
+        pixels = np.asarray(image)
+    assert np.array_equal(data.images[-1].permute(1, 2, 0).numpy(), pixels)
+
+    no_reading()
+    kept = load_dataset("mine", tmp_path)
+    assert_same_data(kept, data)
+    assert kept.split == kept.to("cpu").split == expected
+    assert kept.of_classes(["fox", "ant"]).split is None
+
+
+def test_training_follows_the_split_of_the_data_set(tmp_path):
+    save_parts(tmp_path / "mine")
+    data = load_training_data("mine", tmp_path, torch.device("cpu"), image_size=40)
+    assert data.split == {part: sorted(names) for part, names in OWN_SPLIT.items()}
+    assert data.train.class_names == ["ant", "cow", "dog"]
+    assert data.val.class_names == ["bee", "emu"] and data.val.images.shape == (4, 3, 40, 40)
+
+
+def test_a_class_that_changes_its_part_is_noticed(tmp_path):
+    save_parts(tmp_path / "mine")
+    load_dataset("mine", tmp_path)
+    (tmp_path / "mine" / "train" / "cow").rename(tmp_path / "mine" / "val" / "cow")
+    assert load_dataset("mine", tmp_path).split["val"] == ["bee", "cow", "emu"]
+
+
+def test_a_split_is_no_part_of_the_digest(tmp_path):
+    data = image_set()
+    digest = data.digest()
+    data.split = {"train": ["ant"], "val": ["bee"], "test": ["cat"]}
+    assert data.digest() == digest
+
+
+def test_a_class_in_two_parts_is_refused(tmp_path):
+    save_parts(tmp_path / "mine", {**OWN_SPLIT, "test": ["cat", "dog"]})
+    found = f"{tmp_path / 'mine'}: class 'dog' is in train and in test"
+    message_of("mine", tmp_path, found, "take it out of one")
+
+
+@pytest.mark.parametrize("names", [[], ["cat"]])
+def test_a_part_with_fewer_than_two_classes_is_refused(tmp_path, names):
+    save_parts(tmp_path / "mine", {**OWN_SPLIT, "test": names})
+    found = f"{tmp_path / 'mine'}: test has {len(names)} classes, but at least 2 are needed"
+    message_of("mine", tmp_path, found)
+
+
+def test_three_empty_parts_are_refused(tmp_path):
+    save_parts(tmp_path / "mine", {"train": [], "val": [], "test": []})
+    message_of("mine", tmp_path, f"{tmp_path / 'mine'}: train has 0 classes")
+
+
+def test_two_parts_alone_are_taken_for_classes_and_the_third_is_asked_for(tmp_path):
+    save_parts(tmp_path / "mine", {part: OWN_SPLIT[part] for part in ("train", "test")})
+    found = f"{tmp_path / 'mine' / 'test'} holds no image"
+    message_of("mine", tmp_path, found, "a split needs train, val and test")
+
+
+def test_a_file_may_bring_a_split(tmp_path):
+    parts = np.array(["test", "val", "train", "train", "val", "test"])
+    np.savez(tmp_path / "mine.npz", **arrays(class_names=tuple("abcdef")), split=parts)
+    expected = {"train": ["c", "d"], "val": ["b", "e"], "test": ["a", "f"]}
+    assert load_dataset("mine", tmp_path).split == expected
+    assert load_training_data("mine", tmp_path, torch.device("cpu")).split == expected
+
+
+@pytest.mark.parametrize(
+    "split, message",
+    [
+        (np.array(list("aabbcc")), "split names a part 'a'; give each class train, val"),
+        (np.array(["train", "train", "val", "val", "test", "Test"]), "names a part 'Test'"),
+        (np.array(["train", "train", "val", "val", "val", "test"]), "test has 1 classes"),
+        (np.array(["train", "train", "val", "val", "test"]), "split is <U5 [5] for 6 classes"),
+        (np.array("train"), "split is <U5 [] for 6 classes"),
+        (np.array([0, 0, 1, 1, 2, 2]), "split is int64 [6] for 6 classes"),
+        (np.array([None] * 6), "cannot be read as a data set"),
+    ],
+    ids=["other words", "capital", "a class alone", "one less", "a word", "numbers", "pickled"],
+)
+def test_a_split_in_a_file_that_does_not_fit_is_refused(tmp_path, split, message):
+    stored = {**arrays(class_names=tuple("abcdef")), "split": split}
+    message_of_npz(tmp_path, stored, message)
 
 
 # ---- names

@@ -18,7 +18,7 @@ import torch
 import train_classifier
 import train_protomaml
 import train_protonet
-from common import data, training_run
+from common import splits, training_run
 from common.checkpoint import FIRST_FORMAT, encoder_of, load_checkpoint, save_checkpoint
 from common.config import UserError, parse_config
 from common.data import load_dataset
@@ -234,7 +234,7 @@ def test_resuming_with_other_images_says_so(unfinished, glyph_dir, tmp_path):
 
 
 def test_resuming_with_another_class_split_says_so(unfinished, glyph_dir, monkeypatch):
-    monkeypatch.setattr(data, "split_classes", lambda names: split_classes(names, seed=1))
+    monkeypatch.setattr(splits, "split_classes", lambda names: split_classes(names, seed=1))
     with pytest.raises(UserError, match="class split changed"):
         train("protonet", glyph_dir, unfinished, "--resume=true")
 

@@ -1,0 +1,95 @@
+"""A user's photographs as arrays of one size."""
+
+import contextlib
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+from PIL import Image, ImageOps
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from tqdm import tqdm
+
+from common.config import UserError
+from common.parallel import is_first
+
+IMAGE_SUFFIXES = IMG_EXTENSIONS  # in lower case
+
+
+def list_folder(folder):
+    """Return a folder's paths, sorted, without hidden ones (macOS puts a ._x.png beside x.png).
+
+    Raises UserError where it cannot be read.
+    """
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be read: {error.strerror}; correct its name or its permissions"
+        ) from error
+
+
+def list_images(folder):
+    """Return the paths of a folder's images, sorted. Raises UserError as `list_folder` does."""
+    return [path for path in list_folder(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
+
+
+def read_image(path, size):
+    """Return the middle of an image as uint8 [size, size, 3], RGB, its shorter side being `size`.
+
+    It is scaled with antialiasing and turned upright as its EXIF data say; what is transparent
+    becomes white. Raises UserError where it cannot be read.
+    """
+    with _opened(path) as image:
+        # A JPEG that is much larger than needed is decoded at 1/2, 1/4 or 1/8 of its size.
+        image.draft(None, (2 * size, 2 * size))
+        image.load()
+        with contextlib.suppress(Exception):  # damaged EXIF data: the image stays as it lies
+            ImageOps.exif_transpose(image, in_place=True)
+        return np.array(ImageOps.fit(_as_rgb(image), (size, size)))  # antialiased
+
+
+def read_images(paths, size, title):
+    """Return images as uint8 [N, size, size, 3], as `read_image` does, several at a time.
+
+    title: of the progress bar on stderr.
+    """
+    images = np.empty((len(paths), size, size, 3), dtype=np.uint8)
+    with warnings.catch_warnings(), ThreadPoolExecutor() as threads:
+        warnings.simplefilter("ignore")  # of large images and odd EXIF data: they are read
+        # After an error, map() cancels what has not begun.
+        found = threads.map(partial(read_image, size=size), paths)
+        options = {"leave": False, "dynamic_ncols": True, "disable": not is_first()}
+        for number, image in enumerate(tqdm(found, title, len(paths), **options)):
+            images[number] = image
+    return images
+
+
+def original_size(path):
+    """Return (width, height) of an image file in pixels. Raises UserError as `read_image` does."""
+    with _opened(path) as image:
+        return image.size
+
+
+@contextlib.contextmanager
+def _opened(path):
+    """Open an image; whatever goes wrong with it is one line that names the file."""
+    try:
+        with Image.open(path) as image:
+            yield image
+    except Exception as error:  # the decoders raise nearly anything
+        reason = f"{path} cannot be read as an image: {str(error) or type(error).__name__}"
+        raise UserError(f"{reason}; replace or remove it") from error
+
+
+def _as_rgb(image):
+    if image.mode == "F":
+        raise ValueError("its pixels are floats, not 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16 bits of grey, which convert() would cut off at 255
+        shades = np.asarray(image)
+        shades = shades // 256 if shades.max() > 255 else shades
+        image = Image.fromarray(shades.clip(0, 255).astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
