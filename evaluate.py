@@ -4,9 +4,10 @@
     python evaluate.py                                   CIFAR-100 and SVHN, as in the tutorial
     python evaluate.py --recipe=best                     CIFAR-100 and MNIST, as in the README
     python evaluate.py --protonet=FILE --domains=mnist   one checkpoint of yours, or the tutorial's
+    python evaluate.py --protocol=episodes --k_shots=1,5 random 5-way episodes, as in papers
 
-Writes accuracy.json, .csv and .md and the figures into results/. What is already there for the same
-checkpoint, data and settings is not computed again.
+Writes accuracy.json, .csv and .md, accuracy per class and the figures into results/. What is
+already there for the same checkpoint, data and settings is not computed again.
 
 On 2 CPU cores the first line takes about 4 minutes. A complete test by nearest prototype takes
 20 s. ProtoMAML and MAML adapt to every support set, which takes hours; --recipe=quick adapts to
@@ -29,24 +30,28 @@ from common.config import UserError, require, require_one_of
 from common.data import load_dataset, normalize
 from common.device import pick_device
 from common.encoder import encode_in_batches
-from common.figures import plot_accuracy_over_k, plot_episode, plot_examples
+from common.figures import plot_accuracy_over_k, plot_confusion, plot_episode, plot_examples
 from common.files import sha256, write_text
 from common.inner_loop import InnerLoop
 from common.kshot import (
-    adapted_accuracies,
-    nearest_prototype_accuracies,
+    accuracies,
+    adapted_counts,
+    nearest_prototype_counts,
+    random_episodes,
     summarize,
     support_sets,
 )
 from common.parallel import is_first, on_first, process_count
+from common.published import published_results
 from common.samplers import FewShotBatchSampler
 from common.script import run_script
 from common.splits import split_classes
-from common.tables import text_table, write_tables
+from common.tables import text_table, write_class_table, write_tables
 
 PROTOCOL = 1  # version of the test: results of another version are not reused
 DEFAULT_DOMAINS = {"cifar100": ("svhn",), "glyphs": ("glyph_digits",)}
 ADAPTING = ("maml", "protomaml")  # the other models classify by nearest prototype
+EPISODE = ("n_way", "n_query", "num_episodes")  # what decides random episodes, beside k
 
 
 @dataclass
@@ -55,7 +60,7 @@ class Config:
     recipe: str = "tutorial"  # tutorial (the values below), quick or best; options override it
     # data
     dataset: str = "cifar100"  # the models' training data set; its test classes are tested first
-    domains: tuple[str, ...] = ("auto",)  # unseen domains, all classes; auto: svhn or glyph_digits
+    domains: tuple[str, ...] = ("auto",)  # unseen domains; auto: svhn, glyph_digits; episodes: none
     data_dir: str = os.environ.get("PATH_DATASETS", "data")  # folder of the data sets
     # models
     checkpoint_dir: str = "checkpoints"  # its folder <dataset> is tested, or the files named here
@@ -64,9 +69,14 @@ class Config:
     maml: str = ""  # checkpoint of a MAML
     protomaml: str = ""  # checkpoint of a ProtoMAML
     # test
+    protocol: str = "tutorial"  # tutorial: all classes at once; episodes: random ones, as in papers
     classes: str = "test"  # held-out classes: test for the final table, val to choose settings on
     k_shots: tuple[int, ...] = (2, 4, 8, 16, 32)  # support images per class, one test for each
     mirror: bool = False  # average features or logits over each image and its horizontal flip
+    # random episodes, with --protocol=episodes
+    n_way: int = 5  # classes per episode
+    n_query: int = 15  # queries per class and episode
+    num_episodes: int = 2000  # episodes per k, the same for all models
     # inner loop of MAML and ProtoMAML
     num_inner_steps: tuple[int, ...] = (200,)  # SGD steps on a support set; one, or one per k
     lr_inner: tuple[float, ...] = ()  # learning rate for the encoder; empty: as in training
@@ -84,9 +94,19 @@ class Config:
         inner_loop = ("num_inner_steps", "lr_inner", "lr_output")
         on_domains = tuple(f"domain_{name}" for name in inner_loop)
         require(self, "k_shots", "num_inner_steps", "domain_num_inner_steps", least=1)
+        require(self, "n_query", "num_episodes", least=1)
+        require(self, "n_way", least=2)
         require(self, "max_support_sets", least=0)
         require(self, *inner_loop[1:], *on_domains[1:], above=0)
         require_one_of(self, "classes", ("test", "val"))
+        require_one_of(self, "protocol", ("tutorial", "episodes"))
+        in_vain = ("max_support_sets",) if self.protocol == "episodes" else EPISODE
+        for name in in_vain:
+            if (value := getattr(self, name)) != (default := getattr(Config, name)):
+                raise UserError(
+                    f"{name} is {value}, which does nothing with --protocol={self.protocol}; pass "
+                    f"--{name}={default} or the other protocol"
+                )
         for name in (*inner_loop, *on_domains):
             count = len(getattr(self, name))
             if count not in (1, len(self.k_shots)) and (count or name == "num_inner_steps"):
@@ -135,21 +155,22 @@ RECIPES = {
 def main(cfg):
     device = pick_device(cfg.device)
     checkpoints = on_first(lambda: load_checkpoints(cfg))
-    data = on_first(lambda: load_dataset(cfg.dataset, cfg.data_dir))
+    image_size = common_image_size(checkpoints)
+    data = on_first(lambda: load_dataset(cfg.dataset, cfg.data_dir, image_size))
     split = common_split(checkpoints, data)
 
-    auto = cfg.domains == ("auto",)
-    domains = DEFAULT_DOMAINS.get(cfg.dataset, ()) if auto else cfg.domains
+    default = () if cfg.protocol == "episodes" else DEFAULT_DOMAINS.get(cfg.dataset, ())
+    domains = default if cfg.domains == ("auto",) else cfg.domains
     image_sets = [data.of_classes(split[cfg.classes])]
     failures = {}
     for domain in domains:
         try:
-            image_sets.append(on_first(partial(load_dataset, domain, cfg.data_dir)))
+            image_sets.append(on_first(partial(load_dataset, domain, cfg.data_dir, image_size)))
         except UserError as error:  # the rest is worth having
             failures[domain] = str(error)
     for image_set in image_sets:
         for k_shot in cfg.k_shots:  # raises now rather than after an hour
-            support_sets(image_set.labels, k_shot, image_set.class_names)
+            draw_tasks(cfg, image_set, k_shot)
 
     rows = []
     for image_set in image_sets:
@@ -161,8 +182,14 @@ def main(cfg):
         rows += test_model(cfg, "pixels", path, checkpoint, image_set, classes, device)
 
     if is_first():
-        print(text_table(rows, failures))
-        write_tables(rows, failures, cfg.results_dir)
+        published = ()
+        if cfg.protocol == "episodes" and cfg.classes == "test":
+            published = published_results(cfg.dataset, split["test"], cfg.n_way)
+        print(text_table(rows, failures, published))
+        write_tables(rows, failures, cfg.results_dir, published)
+        for image_set in image_sets:
+            path = os.path.join(cfg.results_dir, f"classes_{image_set.name}.csv")
+            write_class_table(rows_by_class(cfg, image_set, rows), image_set.class_names, path)
         draw_figures(cfg, data, split, image_sets, rows)
         print(f"tables and figures: {cfg.results_dir}{os.sep}")
     return 1 if failures else 0
@@ -187,6 +214,19 @@ def load_checkpoints(cfg):
             raise UserError(f"{path} was trained on {trained_on}; pass --dataset={trained_on}")
         encoder_of(checkpoint, path)
     return checkpoints
+
+
+def common_image_size(checkpoints):
+    """Return the image_size of the checkpoints' training, which must be the same in all."""
+    sizes = {path: found["config"].get("image_size", 32) for path, found in checkpoints.values()}
+    (first_path, first), *others = sizes.items()
+    for path, size in others:
+        if size != first:
+            raise UserError(
+                f"{first_path} was trained with --image_size={first} and {path} with {size}, so "
+                "one table cannot hold both; test them one at a time"
+            )
+    return first
 
 
 def common_split(checkpoints, data):
@@ -215,36 +255,45 @@ def test_model(cfg, model, path, checkpoint, image_set, classes, device):
     """
     arguments = (cfg, model, path, checkpoint, image_set, classes)
     rows, missing = on_first(lambda: kept_results(*arguments))
-    sets = {
-        k_shot: support_sets(
-            image_set.labels,
-            k_shot,
-            image_set.class_names,
-            row["settings"].get("max_support_sets", 0),
-        )
-        for k_shot, (row, _) in missing.items()
+    works = {
+        k: (row["settings"], draw_tasks(cfg, image_set, k, **row["settings"]))
+        for k, (row, _) in missing.items()
     }
     if missing:
-        accuracies_of = prepare_test(cfg, model, path, checkpoint, image_set, device)
+        counts_of = prepare_test(cfg, model, path, checkpoint, image_set, device)
         title = f"{model} on {image_set.name}"
-        works = {k: (row["settings"], sets[k]) for k, (row, _) in missing.items()}
-        progress = Progress(title, works if model in ADAPTING else {}, len(image_set.labels))
+        progress = Progress(cfg, title, works if model in ADAPTING else {}, image_set)
     for k_shot, (row, kept) in missing.items():
-        accuracies = accuracies_of(sets[k_shot], row["settings"], partial(progress.show, k_shot))
-        accuracy, std, ci95 = summarize(accuracies)
+        settings, tasks = works[k_shot]
+        counts = counts_of(tasks, k_shot, settings, partial(progress.show, k_shot))
+        accuracy, std, ci95 = summarize(accuracies(counts))
+        episodes = cfg.protocol == "episodes"
         rows[k_shot] = {
             **row,
-            "n_way": len(image_set.class_names),
+            "n_way": counts.shape[1],
             "accuracy": accuracy,
             "std": std,
             "ci95": ci95,
-            "num_support_sets": len(sets[k_shot]),
-            "num_queries": len(image_set.labels) - sets[k_shot].shape[1],
+            "num_episodes" if episodes else "num_support_sets": len(tasks),
+            "num_queries": int(counts[0].sum()),
         }
+        if episodes:
+            weights = [] if model == "pixels" else encoder_of(checkpoint, path).parameters()
+            rows[k_shot]["parameters"] = sum(tensor.numel() for tensor in weights)
+        elif model != "pixels":
+            rows[k_shot]["confusion"] = counts.sum(dim=0).long().tolist()
         if is_first():
             digest = content_digest(rows[k_shot])
             write_text(kept, json.dumps({**rows[k_shot], "digest": digest}) + "\n")
     return [rows[k_shot] for k_shot in cfg.k_shots]
+
+
+def draw_tasks(cfg, image_set, k_shot, max_support_sets=0, **other_settings):
+    """Return the tasks of a test at k: a tensor as in common/kshot.py."""
+    labels, names = image_set.labels, image_set.class_names
+    if cfg.protocol == "episodes":
+        return random_episodes(labels, cfg.n_way, k_shot, cfg.n_query, cfg.num_episodes, names)
+    return support_sets(labels, k_shot, names, max_support_sets)
 
 
 def kept_results(cfg, model, path, checkpoint, image_set, classes):
@@ -265,7 +314,7 @@ def kept_results(cfg, model, path, checkpoint, image_set, classes):
         key = json.dumps([row, checkpoint["mean"], checkpoint["std"]], sort_keys=True)
         name = f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
         kept = os.path.join(cfg.results_dir, ".cache", name)
-        found = read_kept(kept, row)
+        found = read_kept(kept, row, cfg.protocol == "tutorial" and model != "pixels")
         if found:
             rows[k_shot] = found
             print(
@@ -278,12 +327,13 @@ def kept_results(cfg, model, path, checkpoint, image_set, classes):
 
 
 def test_settings(cfg, model, checkpoint, position, unseen_domain):
-    """Return what else decides a result: mirror images, and the inner loop at this k."""
-    if model == "pixels":
-        return {}
-    mirror = {"mirror": True} if cfg.mirror else {}
+    """Return what else decides a result: episodes, mirror images, and the inner loop at this k."""
+    episodes = cfg.protocol == "episodes"
+    other = {name: getattr(cfg, name) for name in ("protocol", *EPISODE)} if episodes else {}
+    if cfg.mirror and model != "pixels":
+        other["mirror"] = True
     if model not in ADAPTING:
-        return mirror
+        return other
     trained = checkpoint["config"]
     inner_loop = {}
     for name in ("num_inner_steps", "lr_inner", "lr_output"):
@@ -293,25 +343,36 @@ def test_settings(cfg, model, checkpoint, position, unseen_domain):
     inner_loop["output_init"] = trained.get("output_init", "prototypes")
     inner_loop["batchnorm"] = trained.get("batchnorm", "batch")
     inner_loop = dataclasses.asdict(InnerLoop(**inner_loop))
-    return {**inner_loop, **mirror, "max_support_sets": cfg.max_support_sets}
+    if not episodes:
+        other["max_support_sets"] = cfg.max_support_sets
+    return {**inner_loop, **other}
 
 
 def prepare_test(cfg, model, path, checkpoint, image_set, device):
-    """Return the function (sets, settings, progress) -> accuracies [S] of a model on a data set."""
+    """Return the function (tasks, k, settings, progress) -> counts of a model on a data set."""
     image_set = image_set.to(device)
-    labels, n_way = image_set.labels, len(image_set.class_names)
+    labels, n_way = image_set.labels, way_of(cfg, image_set)
     images = normalize(image_set.images, checkpoint["mean"], checkpoint["std"])  # [N, 3, H, W]
     encoder = encoder_of(checkpoint, path).to(device)
     in_graph = cfg.cuda_graphs and device.type == "cuda"
 
-    def after_adaptation(sets, settings, progress):
+    def after_adaptation(tasks, k_shot, settings, progress):
         inner_loop = InnerLoop(**{f.name: settings[f.name] for f in dataclasses.fields(InnerLoop)})
-        return adapted_accuracies(
-            encoder, images, labels, sets, n_way, inner_loop, progress, cfg.mirror, in_graph
+        return adapted_counts(
+            encoder,
+            images,
+            labels,
+            tasks,
+            n_way,
+            k_shot,
+            inner_loop,
+            progress,
+            cfg.mirror,
+            in_graph,
         )
 
-    def by_nearest_prototype(sets, settings, progress):
-        return nearest_prototype_accuracies(features, labels, sets, n_way, progress)
+    def by_nearest_prototype(tasks, k_shot, settings, progress):
+        return nearest_prototype_counts(features, labels, tasks, n_way, k_shot, progress)
 
     if model in ADAPTING:
         return after_adaptation
@@ -321,44 +382,54 @@ def prepare_test(cfg, model, path, checkpoint, image_set, device):
     return by_nearest_prototype
 
 
+def way_of(cfg, image_set):
+    """Return the number of classes of a task."""
+    return cfg.n_way if cfg.protocol == "episodes" else len(image_set.class_names)
+
+
 class Progress:
     """Progress bars of a model's tests on a data set; how many adaptations, and about how long.
 
-    works: {k: (settings, support sets)} of the tests that adapt. num_images: in the data set.
+    works: {k: (settings, tasks)} of the tests that adapt.
     """
 
-    def __init__(self, title, works, num_images):
+    def __init__(self, cfg, title, works, image_set):
         self.title = title
+        self.shorter = "--max_support_sets=N or --num_inner_steps=N (--recipe=quick sets both)"
+        queries = len(image_set.labels)
+        if cfg.protocol == "episodes":
+            self.shorter = "--num_episodes=N or --num_inner_steps=N"
+            queries = cfg.n_way * cfg.n_query
         # In forward passes of an image: three per support image and inner step, one per query.
         self.costs = {
-            k: 3 * settings["num_inner_steps"] * sets.shape[1] + num_images
-            for k, (settings, sets) in works.items()
+            k: 3 * settings["num_inner_steps"] * way_of(cfg, image_set) * k + queries
+            for k, (settings, _) in works.items()
         }
-        self.total = sum(self.costs[k] * len(sets) for k, (_, sets) in works.items())
+        self.total = sum(self.costs[k] * len(tasks) for k, (_, tasks) in works.items())
         if works:
-            count = sum(len(sets) for _, sets in works.values())
+            count = sum(len(tasks) for _, tasks in works.values())
             steps = sorted({settings["num_inner_steps"] for settings, _ in works.values()})
             print(f"{title}: {count} adaptations of {', '.join(map(str, steps))} steps", flush=True)
 
-    def show(self, k_shot, sets):
-        """Yield this process's support sets with a progress bar.
+    def show(self, k_shot, tasks):
+        """Yield this process's tasks with a progress bar.
 
         Once the first are done, estimate the time.
         """
-        first = min(torch.get_num_threads(), len(sets))  # so many are adapted side by side
+        first = min(torch.get_num_threads(), len(tasks))  # so many are adapted side by side
         start = time.perf_counter()
         bar = tqdm(
-            sets,
+            tasks,
             f"{self.title}, k = {k_shot}",
             leave=False,
             dynamic_ncols=True,
             disable=not is_first(),
         )
-        for number, support in enumerate(bar):
+        for number, task in enumerate(bar):
             if number == first:
                 self._estimate(k_shot, (time.perf_counter() - start) / first)
-            yield support
-        if first == len(sets) > 0:
+            yield task
+        if first == len(tasks) > 0:
             self._estimate(k_shot, (time.perf_counter() - start) / first)
 
     def _estimate(self, k_shot, seconds):
@@ -368,16 +439,14 @@ class Progress:
         minutes = seconds / self.costs[k_shot] * self.total / process_count() / 60
         self.costs = {}
         if minutes > 1:
-            tqdm.write(
-                f"{self.title}: about {minutes:.0f} min in all; less with --max_support_sets=N or "
-                "--num_inner_steps=N (--recipe=quick sets both)"
-            )
+            tqdm.write(f"{self.title}: about {minutes:.0f} min in all; less with {self.shorter}")
 
 
-def read_kept(path, wanted):
+def read_kept(path, wanted, with_confusion):
     """Return the result row kept in `path`, or None where there is none that can be used.
 
-    wanted: what the row must say of model, data and settings.
+    wanted: what the row must say of model, data and settings. with_confusion: whether it must say
+    which class was taken for which, too.
     """
     if not os.path.exists(path):
         return None
@@ -386,7 +455,10 @@ def read_kept(path, wanted):
             row = json.load(file)
         digest = row.pop("digest")
         if digest == content_digest(row) and row.items() >= wanted.items():
-            return row
+            if "confusion" in row or not with_confusion:
+                return row
+            print(f"{path} says nothing about single classes: this result is computed anew")
+            return None
     except (OSError, ValueError, KeyError, AttributeError, TypeError):  # not a row
         pass
     print(f"{path} is damaged or foreign: this result is computed anew")
@@ -413,10 +485,22 @@ def draw_figures(cfg, data, split, image_sets, rows):
         held_out = image_set is image_sets[0]
         part = {"test": "Test", "val": "Validation"}[cfg.classes] if held_out else "All"
         title = f"{part} classes of {image_set.name}" + (", mirrored" if cfg.mirror else "")
-        plot_accuracy_over_k(of_set, models, title, where(f"models_{image_set.name}"))
-        if held_out and "protonet" in models:
+        in_episodes = cfg.protocol == "episodes"
+        if len(cfg.k_shots) > 1 or not in_episodes:
+            plot_accuracy_over_k(of_set, models, title, where(f"models_{image_set.name}"))
+        if held_out and "protonet" in models and not in_episodes:
             path = where(f"protonet_{image_set.name}")
             plot_accuracy_over_k(of_set, ["protonet"], f"ProtoNet: {title.lower()}", path)
+        for row in rows_by_class(cfg, image_set, rows):
+            path = where(f"confusion_{row['model']}_{image_set.name}")
+            heading = f"{MODEL_NAMES[row['model']]}, k = {row['k_shot']}: {title.lower()}"
+            plot_confusion(row["confusion"], image_set.class_names, heading, path)
+
+
+def rows_by_class(cfg, image_set, rows):
+    """Return the rows of a data set at the largest k that say which class was taken for which."""
+    wanted = (image_set.name, max(cfg.k_shots))
+    return [row for row in rows if (row["dataset"], row["k_shot"]) == wanted and "confusion" in row]
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ from common.inner_loop import (
     hand_over_gradients,
     running_statistics,
 )
-from common.kshot import adapted_accuracies, support_sets
+from common.kshot import adapted_counts, support_sets
 from common.optimizer import make_optimizer
 from common.parallel import Workers
 from common.prototypes import accuracy, episode_loss
@@ -429,7 +429,9 @@ def test_lines(bench):
         images, labels = bench.images[rows], bench.labels[rows]
         places = torch.searchsorted(rows[: sets.numel()], sets)
         inner_loop = InnerLoop(steps, LR_INNER, LR_INNER)
-        project = partial(adapted_accuracies, encoder, images, labels, places, TEST_WAY, inner_loop)
+        project = partial(
+            adapted_counts, encoder, images, labels, places, TEST_WAY, k_shot, inner_loop
+        )
         tutorial = partial(test_in_turn, other, ready[rows], labels, places, y_spt, steps)
         name = (
             f"k-shot test, k = {k_shot}: {len(sets)} support sets, {steps} inner steps, "

@@ -1,4 +1,4 @@
-"""The figures: training curves, images of a data set, one episode, accuracy over k.
+"""The figures: training curves, images of a data set, one episode, accuracy over k, confusions.
 
 Each is written as PNG and SVG.
 """
@@ -28,14 +28,15 @@ STYLES = {
     "pixels": {"color": "#666666", "marker": "x", "label": "Pixels", "linestyle": "--"},
 }
 TRAIN, VALIDATION = "#0072B2", "#D55E00"
+UNSURE = "#D55E00"
 
 
-def save_figure(figure, path):
+def save_figure(figure, path, suffixes=(".png", ".svg")):
     """Write a figure to `path`.png and `path`.svg and close it.
 
     Raises UserError where that fails.
     """
-    for suffix in (".png", ".svg"):
+    for suffix in suffixes:
         # Without a date in the file, the same numbers give the same bytes.
         metadata = {"Date": None} if suffix == ".svg" else None
         with atomic_file(path + suffix) as temporary:
@@ -155,6 +156,71 @@ def plot_accuracy_over_k(rows, models, title, path):
     save_figure(figure, path)
 
 
+def plot_confusion(counts, class_names, title, path):
+    """Draw which classes are taken for which, in percent of the queries of each true class.
+
+    counts: [C, C], queries of each true class (row) by predicted class (column). The numbers
+    themselves are shown for up to 20 classes.
+    """
+    counts = torch.tensor(counts, dtype=torch.float64)
+    percent = (100 * counts / counts.sum(dim=1, keepdim=True)).numpy()
+    classes = len(class_names)
+    inches = min(2.2 + 0.42 * classes, 16)
+    figure, axis = plt.subplots(figsize=(inches + 1, inches))
+    # The square root makes room for the mistakes, which are few beside what is right.
+    norm = matplotlib.colors.PowerNorm(0.5, vmin=0, vmax=100)
+    image = axis.imshow(percent, cmap="Blues", norm=norm, interpolation="nearest")
+    bar = figure.colorbar(image, fraction=0.046, pad=0.03, aspect=30, ticks=(0, 1, 5, 20, 50, 100))
+    bar.set_label("% of the true class")
+    font = min(8, 650 / classes)
+    names = [_wrapped(name) for name in class_names]
+    axis.set_xticks(range(classes), names, rotation=90, fontsize=font)
+    axis.set_yticks(range(classes), names, fontsize=font)
+    axis.set_xlabel("Predicted class")
+    axis.set_ylabel("True class")
+    if classes <= 20:
+        for row in range(classes):
+            for column in range(classes):
+                value = percent[row, column]
+                if value >= 0.5:
+                    color = "white" if value > 35 else "black"
+                    axis.text(column, row, f"{value:.0f}", ha="center", va="center", color=color)
+    axis.set_title(title, pad=12)
+    save_figure(figure, path)
+
+
+def plot_contact_sheet(images, rows, unsure, title, path, columns=10):
+    """Draw classified images, each with class, probability and file below, as `path` (a PNG).
+
+    images uint8 [N, S, S, 3]; rows: N dicts with file, class and probability. Those whose
+    probability is below `unsure` get a dashed frame and a question mark.
+    """
+    names = [_shortened(_wrapped(row["class"])) for row in rows]
+    columns = min(columns, len(rows))
+    # In inches; the images are 1 x 1, and a line of text is 0.13 high.
+    step = 1.1, 1.5 + 0.13 * max(name.count("\n") for name in names)
+    across, down = columns * step[0], math.ceil(len(rows) / columns) * step[1]
+    figure = plt.figure(figsize=(across, down))
+    axis = figure.add_axes((0, 0, 1, 1))
+    small = {"ha": "center", "va": "top", "linespacing": 1.15}
+    for number, (image, row, name) in enumerate(zip(images, rows, names)):
+        left, top = number % columns * step[0], number // columns * step[1]
+        axis.imshow(image, extent=(left, left + 1, top + 1, top))
+        text, color = f"{name}\n{100 * row['probability']:.0f} %", "black"
+        if row["probability"] < unsure:
+            text, color = f"{text} ?", UNSURE
+            frame = {"fill": False, "linestyle": (0, (3, 2)), "linewidth": 2.5, "clip_on": False}
+            axis.add_patch(plt.Rectangle((left, top), 1, 1, edgecolor=color, **frame))
+        axis.text(left + 0.5, top + 1.03, text, color=color, fontsize=7, **small)
+        below = top + 1.03 + 0.13 * (text.count("\n") + 1)
+        file = _middle_cut(row["file"])
+        axis.text(left + 0.5, below, file, color="#666666", fontsize=6, **small)
+    axis.set(xlim=(0, across), ylim=(down, 0))
+    axis.axis("off")
+    axis.set_title(title, loc="left", fontsize=9)
+    save_figure(figure, path.removesuffix(".png"), (".png",))
+
+
 def _grid(images, columns, gap=2):
     """Lay images out in rows of `columns`, white in between.
 
@@ -172,3 +238,14 @@ def _wrapped(name):
     wrapper = textwrap.TextWrapper(16, break_on_hyphens=False)
     wrapper.wordsep_simple_re = re.compile(r"(\s+)|(?<=_)")
     return "\n".join(wrapper.wrap(name))
+
+
+def _shortened(text):
+    """Cut a text of several lines off after the second, with an ellipsis."""
+    lines = text.split("\n")
+    return "\n".join(lines[:2]) + ("..." if len(lines) > 2 else "")
+
+
+def _middle_cut(name, most=19):
+    """Return a name of at most so many characters, without some in its middle if need be."""
+    return name if len(name) <= most else f"{name[: most // 2 - 1]}...{name[-(most // 2 - 1) :]}"

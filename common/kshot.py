@@ -1,8 +1,13 @@
-"""The k-shot test: every full chunk of k images per class is a support set once.
+"""The two tests: the k-shot test of the tutorial, and the random episodes of the papers.
 
-Within each class the images are cut, in the order of the data set, into consecutive chunks of k;
-chunk i of every class together is support set i, and all other images are its queries. A short last
-chunk is never a support set, but its images are queries.
+The k-shot test takes all classes at once. Within each class the images are cut, in the order of the
+data set, into consecutive chunks of k; chunk i of every class together is support set i, and all
+other images are its queries. A short last chunk is never a support set, but its images are queries.
+
+An episode takes some classes at random, and of each class some support images and some queries.
+
+What either test draws is a tensor of tasks, one per row: the support images, class by class, and in
+an episode its queries after them, class by class. A task without queries is one of the k-shot test.
 """
 
 import dataclasses
@@ -45,97 +50,136 @@ def spread_evenly(available, wanted):
     return [(2 * part + 1) * available // (2 * wanted) for part in range(wanted)]
 
 
-def nearest_prototype_accuracies(features, labels, sets, n_way, progress=iter):
-    """Return the accuracy of each support set, float64 [S], by nearest prototype.
+def random_episodes(labels, n_way, k_shot, n_query, count, class_names):
+    """Return random episodes, int64 [count, n_way * (k_shot + n_query)].
 
-    features [N, D] and labels int64 [N] of all images; sets int64 [S, n_way * k], which several
-    processes share. progress wraps this one's, to show how far the test is.
+    The classes of an episode are distinct, and so are its images. Every call with the same numbers
+    and labels draws the same episodes. Raises UserError where there are too few classes or images.
+    """
+    labels, size = labels.cpu(), k_shot + n_query
+    counts = torch.bincount(labels, minlength=len(class_names))
+    if len(counts) < n_way:
+        raise UserError(
+            f"{n_way}-way episodes need {n_way} classes, found {len(counts)}; pass "
+            f"--n_way={len(counts)} or less"
+        )
+    if (fewest := counts.min().item()) < size:
+        raise UserError(
+            f"an episode needs {size} images of each class (k = {k_shot}, {n_query} queries), "
+            f"found {fewest} of {class_names[counts.argmin()]!r}; pass a smaller --n_query or "
+            "smaller --k_shots"
+        )
+    images_of_class = torch.argsort(labels, stable=True).split(counts.tolist())
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(available, wanted):
+        return torch.randperm(available, generator=generator)[:wanted]
+
+    episodes = torch.stack(
+        [
+            images_of_class[c][draw(len(images_of_class[c]), size)]
+            for _ in range(count)
+            for c in draw(len(counts), n_way).tolist()
+        ]
+    ).view(count, n_way, size)
+    support, query = episodes.split([k_shot, n_query], dim=2)
+    return torch.cat([support.flatten(1), query.flatten(1)], dim=1)
+
+
+def nearest_prototype_counts(features, labels, tasks, n_way, k_shot, progress=iter):
+    """Return how each task's queries are classified by nearest prototype.
+
+    features [N, D] and labels int64 [N] of all images; tasks int64 [S, n_way * k_shot] or, with
+    queries, [S, n_way * (k_shot + Q)], which several processes share. progress wraps this one's, to
+    show how far the test is.
+    Returns float64 [S, n_way, n_way]: queries of each true class, by predicted class.
     """
     if features.device.type != "mps":  # which has no float64
         # 2 v.f - |v|^2 is a difference of large numbers: in TF32 the error would be noticeable.
         features = features.double()
-    accuracies = []
-    for support in progress(sets[share()]):
-        support = support.to(features.device)
+    counts = []
+    for task in progress(tasks[share()].to(features.device)):
+        support, queries, y_qry = _split_task(task, labels, n_way, k_shot)
         weight, bias = prototype_head(make_prototypes(features[support], n_way))
-        accuracies.append(_share_correct(F.linear(features, weight, bias), labels, support))
-    return gather(torch.tensor(accuracies, dtype=torch.float64), len(sets))
+        counts.append(_count(F.linear(features[queries], weight, bias), y_qry))
+    return _gather_counts(counts, len(tasks), n_way)
 
 
-def adapted_accuracies(
+def adapted_counts(
     encoder,
     images,
     labels,
-    sets,
+    tasks,
     n_way,
+    k_shot,
     inner_loop,
     progress=iter,
     mirror=False,
     in_graph=False,
 ):
-    """Return the accuracy of each support set, float64 [S], after adaptation to it.
+    """Return how each task's queries are classified after adaptation to its support set.
 
     Each support set adapts a copy of the encoder, which classifies the queries in eval mode.
     Several support sets are adapted side by side, and several processes share them.
 
-    images [N, 3, H, W], normalised, and their labels int64 [N]; sets int64 [S, n_way * k].
-    inner_loop: the InnerLoop. progress wraps this process's support sets, to show how far it is.
-    mirror: the support set includes its mirror images, and the logits of a query are the mean of
-    its own and its mirror image's. in_graph: run the inner steps as a CUDA graph.
+    images [N, 3, H, W], normalised, and their labels int64 [N]; tasks int64 [S, n_way * k_shot] or,
+    with queries, [S, n_way * (k_shot + Q)]. inner_loop: the InnerLoop. progress wraps this
+    process's tasks, to show how far it is. mirror: the support set includes its mirror images, and
+    the logits of a query are the mean of its own and its mirror image's. in_graph: run the inner
+    steps as a CUDA graph.
+    Returns float64 [S, n_way, n_way]: queries of each true class, by predicted class.
     Raises UserError where an adaptation diverges.
     """
-    workers = Workers(images.device, len(sets), encoder)
+    workers = Workers(images.device, len(tasks), encoder)
     views = 2 if mirror else 1  # of each image
     batch_size = 500 if images.device.type == "cpu" else 2000
-    own_sets = sets[share()].to(images.device)
-    y_spt = episode_labels(n_way, sets.shape[1] // n_way * views, images.device)
+    own_tasks = tasks[share()].to(images.device)
+    y_spt = episode_labels(n_way, k_shot * views, images.device)
 
     def view(batch):
         return with_mirror_images(batch) if mirror else batch
 
-    def accuracy(support, local, weight, bias):
+    def support_images(task):
+        return view(images[task[: n_way * k_shot]])
+
+    def classify(task, local, weight, bias):
+        _, queries, y_qry = _split_task(task, labels, n_way, k_shot)
         local.eval()
         with torch.no_grad():
-            batches = (view(batch) for batch in images.split(batch_size))
+            batches = (view(batch) for batch in images[queries].split(batch_size))
             logits = torch.cat([F.linear(local(batch), weight, bias) for batch in batches])
             logits = logits.unflatten(0, (-1, views)).mean(dim=1)  # [N, n_way]
         if not logits.isfinite().all():
             raise UserError(
-                f"the adaptation to a support set of {len(support)} images diverged; pass a "
+                f"the adaptation to a support set of {n_way * k_shot} images diverged; pass a "
                 "smaller --lr_inner or fewer --num_inner_steps"
             )
-        return _share_correct(logits, labels, support)
+        return _count(logits, y_qry)
 
-    def adapt_and_test(support, local):
-        x_spt = view(images[support])
-        return accuracy(
-            support, *adapt(encoder, x_spt, y_spt, n_way, inner_loop, local, attached=False)
+    def adapt_and_classify(task, local):
+        x_spt = support_images(task)
+        return classify(
+            task, *adapt(encoder, x_spt, y_spt, n_way, inner_loop, local, attached=False)
         )
 
     if in_graph:
         models = _adapt_in_graph(
-            encoder,
-            own_sets,
-            lambda support: view(images[support]),
-            y_spt,
-            n_way,
-            inner_loop,
-            workers,
+            encoder, own_tasks, support_images, y_spt, n_way, inner_loop, workers
         )
-        accuracies = (accuracy(*model) for model in models)
+        counts = (classify(*model) for model in models)
     else:
-        accuracies = workers.map(adapt_and_test, own_sets)
-    # The support sets are there to be counted; zip stops with them.
-    accuracies = [each for _, each in zip(progress(own_sets), accuracies)]
-    return gather(torch.tensor(accuracies, dtype=torch.float64), len(sets))
+        counts = workers.map(adapt_and_classify, own_tasks)
+    # The tasks are there to be counted; zip stops with them.
+    counts = [each for _, each in zip(progress(own_tasks), counts)]
+    return _gather_counts(counts, len(tasks), n_way)
 
 
-def _adapt_in_graph(encoder, sets, images_of, y_spt, n_way, inner_loop, workers):
-    """Yield (support, local, weight, bias) for each support set, adapted in a CUDA graph.
+def _adapt_in_graph(encoder, tasks, support_images, y_spt, n_way, inner_loop, workers):
+    """Yield (task, local, weight, bias) for each task, adapted in a CUDA graph.
 
-    images_of: gives the images [n_way * k, 3, H, W] of a support set. As many support sets as there
-    are workers learn at a time, all in one graph. The first step is taken outside of it: it belongs
-    to the pass that makes the prototypes.
+    support_images: gives a task's support images [n_way * k, 3, H, W]. As many tasks as there are
+    workers learn at a time, all in one graph. The first step is taken outside of it: it belongs to
+    the pass that makes the prototypes.
     """
     first_step = dataclasses.replace(inner_loop, num_inner_steps=1)
     states = []  # (local, weight, bias, x_spt) of each worker; the graph is tied to these tensors
@@ -146,9 +190,9 @@ def _adapt_in_graph(encoder, sets, images_of, y_spt, n_way, inner_loop, workers)
         return weight.detach()
 
     step = CudaGraphStep(lambda: tuple(workers.map(take_step, states)), y_spt.device)
-    for group in sets.split(len(workers.copies)):
-        for number, support in enumerate(group):
-            x_spt, local = images_of(support), workers.copies[number]
+    for group in tasks.split(len(workers.copies)):
+        for number, task in enumerate(group):
+            x_spt, local = support_images(task), workers.copies[number]
             _, weight, bias = adapt(encoder, x_spt, y_spt, n_way, first_step, local, attached=False)
             if number == len(states):
                 states.append((local, weight.requires_grad_(), bias.requires_grad_(), x_spt))
@@ -156,15 +200,23 @@ def _adapt_in_graph(encoder, sets, images_of, y_spt, n_way, inner_loop, workers)
                 torch._foreach_copy_(states[number][1:], [weight, bias, x_spt])
         for _ in range(inner_loop.num_inner_steps - 1):
             step()
-        yield from ((support, *states[number][:3]) for number, support in enumerate(group))
+        yield from ((task, *states[number][:3]) for number, task in enumerate(group))
+
+
+def accuracies(counts):
+    """Return the accuracy of each task, float64 [S]: correct queries over queries.
+
+    counts [S, n_way, n_way], as the two functions above return them.
+    """
+    return counts.diagonal(dim1=1, dim2=2).sum(dim=1) / counts.sum(dim=(1, 2))
 
 
 def summarize(accuracies):
-    """Return (mean, std, ci95) of the accuracies of support sets, in 0..1.
+    """Return (mean, std, ci95) of the accuracies of tasks, in 0..1.
 
-    std: the sample standard deviation over support sets, how much their choice matters. ci95: the
+    std: the sample standard deviation over the tasks, how much their choice matters. ci95: the
     half-width of the 95 % confidence interval of the mean, t(0.975, S - 1) * std / sqrt(S). Both
-    are None for a single support set.
+    are None for a single task.
     """
     count, mean = len(accuracies), accuracies.mean().item()
     if count < 2:
@@ -173,8 +225,28 @@ def summarize(accuracies):
     return mean, std, float(stats.t.ppf(0.975, count - 1)) * std / math.sqrt(count)
 
 
-def _share_correct(logits, labels, support):
-    """Return correct predictions over queries; support images count as neither."""
-    correct = logits.argmax(dim=1) == labels
-    correct[support] = False
-    return correct.sum().item() / (len(labels) - len(support))
+def _split_task(task, labels, n_way, k_shot):
+    """Return (support, queries, y_qry): indices of images, and the labels of the queries.
+
+    Without queries of its own a task has all images, and a support image among them the label -1.
+    """
+    support, queries = task[: n_way * k_shot], task[n_way * k_shot :]
+    if len(queries):
+        return support, queries, episode_labels(n_way, len(queries) // n_way, task.device)
+    return support, slice(None), labels.index_fill(0, support, -1)
+
+
+def _count(logits, y_qry):
+    """Return int64 [n_way, n_way]: queries of each true class, by the class of the largest logit.
+
+    logits [Q, n_way]; y_qry int64 [Q], where -1 means that an image does not count.
+    """
+    n_way = logits.shape[1]
+    pairs = (y_qry * n_way + logits.argmax(dim=1))[y_qry >= 0].cpu()
+    return torch.bincount(pairs, minlength=n_way**2).view(n_way, n_way)
+
+
+def _gather_counts(counts, num_tasks, n_way):
+    """Return in every process the counts of all tasks, of which `counts` are this one's."""
+    own = torch.stack(counts) if counts else torch.zeros(0, n_way, n_way)
+    return gather(own.double(), num_tasks)

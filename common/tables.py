@@ -9,61 +9,97 @@ from common import tutorial
 from common.checkpoint import MODEL_NAMES
 from common.files import write_text
 
-HEADINGS = (
-    "model",
-    "tested on",
-    "k",
-    "accuracy",
-    "95 % interval",
-    "std",
-    "sets",
-    "tutorial printed",
-    "corrected",
-)
+HEADINGS = ("model", "tested on", "k", "accuracy", "95 % interval", "std")
+KSHOT_HEADINGS = (*HEADINGS, "sets", "tutorial printed", "corrected")
+EPISODE_HEADINGS = (*HEADINGS, "episodes", "n_way", "parameters (M)")
+PUBLISHED_HEADINGS = ("published", "encoder", "parameters (M)", "1-shot", "5-shot")
 NOTE = (
-    "Accuracy, interval and std in %. The interval is of the mean over the support sets; std says "
-    "how much one support set differs from the next."
+    "Accuracy, interval and std in %. The interval is of the mean over the {0}s; std says "
+    "how much one {0} differs from the next."
 )
 
 
-def text_table(rows, failures):
+def text_table(rows, failures, published=()):
     """Return the results as a table of fixed width.
 
-    failures: {data set: what is wrong and what to do}.
+    failures: {data set: what is wrong and what to do}. published: rows of common/published.py, a
+    table of their own below.
     """
-    cells = [HEADINGS, *_cells(rows)]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["  ".join(map(_aligned, line, widths, range(len(line)))).rstrip() for line in cells]
-    lines.insert(1, "-" * len(max(lines, key=len)))
+    lines = _text_lines(_cells(rows))
     lines += [f"{name}: not tested. {reason}" for name, reason in failures.items()]
-    return "\n".join([*lines, NOTE])
+    lines.append(_note(rows))
+    if published:
+        lines += ["", *_text_lines(_published_cells(published))]
+    return "\n".join(lines)
 
 
-def markdown_table(rows, failures):
-    """Return the results as a Markdown table; failures as in `text_table`."""
-    rule = ["---" if column < 2 else "---:" for column in range(len(HEADINGS))]
-    lines = ["| " + " | ".join(HEADINGS) + " |", "|" + "|".join(rule) + "|"]
-    lines += ["| " + " | ".join(cells) + " |" for cells in _cells(rows)]
+def markdown_table(rows, failures, published=()):
+    """Return the results as a Markdown table; failures and published as in `text_table`."""
+    lines = _markdown_lines(_cells(rows))
     lines += [f"\n{name}: not tested. {reason}" for name, reason in failures.items()]
-    return "\n".join([*lines, "", NOTE, ""])
+    lines += ["", _note(rows), ""]
+    if published:
+        lines += [*_markdown_lines(_published_cells(published)), ""]
+    return "\n".join(lines)
 
 
-def write_tables(rows, failures, folder):
+def write_tables(rows, failures, folder, published=()):
     """Write accuracy.json, accuracy.csv and accuracy.md into `folder`.
 
-    Raises UserError where that fails.
+    What the rows say of single classes is left to `write_class_table`. Raises UserError where
+    writing fails.
     """
+    rows = [{name: row[name] for name in row if name != "confusion"} for row in rows]
     write_text(os.path.join(folder, "accuracy.json"), json.dumps(rows, indent=1) + "\n")
-    text = io.StringIO()
     columns = [name for name in rows[0] if name != "settings"]
+    _write_csv(os.path.join(folder, "accuracy.csv"), columns, rows)
+    write_text(os.path.join(folder, "accuracy.md"), markdown_table(rows, failures, published))
+
+
+def write_class_table(rows, class_names, path):
+    """Write as CSV how often each class is recognised, and which other it is most often taken for.
+
+    rows: result rows with "confusion", counts [C, C] of queries by true and predicted class.
+    Without any, nothing is written. Raises UserError where writing fails.
+    """
+    lines = []
+    for row in rows:
+        for c, of_class in enumerate(row["confusion"]):
+            queries = sum(of_class)
+            mistakes = [0 if other == c else count for other, count in enumerate(of_class)]
+            most = max(mistakes)
+            lines.append(
+                {
+                    "model": row["model"],
+                    "k_shot": row["k_shot"],
+                    "class": class_names[c],
+                    "accuracy": of_class[c] / queries,
+                    "most_often_mistaken_for": class_names[mistakes.index(most)] if most else "",
+                    "share_of_queries": most / queries,
+                }
+            )
+    if lines:
+        _write_csv(path, list(lines[0]), lines)
+
+
+def _write_csv(path, columns, rows):
+    text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_text(os.path.join(folder, "accuracy.csv"), text.getvalue())
-    write_text(os.path.join(folder, "accuracy.md"), markdown_table(rows, failures))
+    write_text(path, text.getvalue())
+
+
+def _of_episodes(rows):
+    return "num_episodes" in rows[0]
+
+
+def _note(rows):
+    return NOTE.format("episode" if _of_episodes(rows) else "support set")
 
 
 def _cells(rows):
+    yield EPISODE_HEADINGS if _of_episodes(rows) else KSHOT_HEADINGS
     for row in rows:
         mirrored = ", mirrored" if row["settings"].get("mirror") else ""
         yield (
@@ -73,10 +109,24 @@ def _cells(rows):
             _percent(row["accuracy"]),
             f"± {_percent(row['ci95'])}" if row["ci95"] is not None else "-",
             _percent(row["std"]),
-            str(row["num_support_sets"]),
-            _tutorial(tutorial.PRINTED, row),
-            _tutorial(tutorial.CORRECTED, row),
+            *(_of_episode_test(row) if _of_episodes(rows) else _of_kshot_test(row)),
         )
+
+
+def _of_kshot_test(row):
+    numbers = (_tutorial(numbers, row) for numbers in (tutorial.PRINTED, tutorial.CORRECTED))
+    return (str(row["num_support_sets"]), *numbers)
+
+
+def _of_episode_test(row):
+    parameters = f"{row['parameters'] / 1e6:.2f}" if row["parameters"] else "-"
+    return (str(row["num_episodes"]), str(row["n_way"]), parameters)
+
+
+def _published_cells(published):
+    yield PUBLISHED_HEADINGS
+    for method, encoder, parameters, *accuracies in published:
+        yield (method, encoder, parameters or "-", *(f"{value:.1f}" for value in accuracies))
 
 
 def _tutorial(numbers, row):
@@ -90,6 +140,23 @@ def _tutorial(numbers, row):
 
 def _percent(value):
     return "-" if value is None else f"{100 * value:.2f}"
+
+
+def _text_lines(cells):
+    """Return a table as lines of equal columns; the first line of cells holds the headings."""
+    cells = list(cells)
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = ["  ".join(map(_aligned, line, widths, range(len(line)))).rstrip() for line in cells]
+    lines.insert(1, "-" * len(max(lines, key=len)))
+    return lines
+
+
+def _markdown_lines(cells):
+    headings, *cells = cells
+    rule = ["---" if column < 2 else "---:" for column in range(len(headings))]
+    lines = ["| " + " | ".join(line) + " |" for line in (headings, *cells)]
+    lines.insert(1, "|" + "|".join(rule) + "|")
+    return lines
 
 
 def _aligned(cell, width, column):

@@ -126,9 +126,7 @@ def test_replayed_steps_train_to_the_same_bits(variant, start, glyph_dir, tmp_pa
 
 @pytest.mark.parametrize("batchnorm", ["batch", "frozen"])
 @pytest.mark.parametrize("output_init", ["prototypes", "zeros"])
-def test_replayed_inner_steps_of_a_test_give_the_same_accuracies(
-    output_init, batchnorm, monkeypatch
-):
+def test_replayed_inner_steps_of_a_test_give_the_same_logits(output_init, batchnorm, monkeypatch):
     encoder = Encoder(8, 4, (1, 1, 1, 1), 2, 8).eval()
     images = torch.randn(24, 3, 32, 32)
     labels = torch.arange(3).repeat_interleave(8)
@@ -138,15 +136,15 @@ def test_replayed_inner_steps_of_a_test_give_the_same_accuracies(
     for step in (kshot.CudaGraphStep, TapedStep):
         monkeypatch.setattr(kshot, "CudaGraphStep", step)
         monkeypatch.setattr(TapedStep, "replays", 0)
-        share_correct, seen = kshot._share_correct, []
+        count, seen = kshot._count, []
 
-        def watch(logits, *rest):
+        def watch(logits, y_qry):
             seen.append(logits.clone())
-            return share_correct(logits, *rest)
+            return count(logits, y_qry)
 
         with monkeypatch.context() as patched:
-            patched.setattr(kshot, "_share_correct", watch)
-            kshot.adapted_accuracies(encoder, images, labels, sets, 3, inner_loop, in_graph=True)
+            patched.setattr(kshot, "_count", watch)
+            kshot.adapted_counts(encoder, images, labels, sets, 3, 2, inner_loop, in_graph=True)
         models[step] = seen
     assert TapedStep.replays == 4 * 7 - cuda_graph.WARM_UP - 1
     for first, second in zip(*models.values(), strict=True):

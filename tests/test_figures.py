@@ -15,6 +15,7 @@ from common.data import ImageSet, load_dataset
 from common.figures import (
     _wrapped,
     plot_accuracy_over_k,
+    plot_confusion,
     plot_episode,
     plot_examples,
     plot_training_curves,
@@ -142,6 +143,17 @@ def test_accuracy_over_k_needs_no_spread(tmp_path):
     pixels_of(tmp_path / "figure")
 
 
+@pytest.mark.parametrize("classes", [2, 20, 21, 100])
+def test_a_confusion_matrix_of_any_number_of_classes_appears(classes, tmp_path):
+    counts = (torch.eye(classes, dtype=torch.int64) * 20 + 1).tolist()
+    names = [f"class {c}" for c in range(classes)]
+    plot_confusion(counts, names, "ProtoNet, k = 4", str(tmp_path / "confusion"))
+    pixels = pixels_of(tmp_path / "confusion")
+    counts[0].reverse()
+    plot_confusion(counts, names, "ProtoNet, k = 4", str(tmp_path / "other"))
+    assert not np.array_equal(pixels, pixels_of(tmp_path / "other"))
+
+
 def test_the_same_numbers_give_the_same_bytes(tmp_path):
     for name in ("first", "second"):
         models, path = ["protonet", "pixels"], str(tmp_path / name)
@@ -158,6 +170,7 @@ def test_names_with_dollar_signs_are_text_and_no_formula(tmp_path):
     episode = torch.tensor([0, 8, 16, 1, 9, 17])
     plot_episode(image_set(names), episode, 3, 1, str(tmp_path / "episode"))
     plot_training_curves(HISTORY, "ProtoNet", "$^$", str(tmp_path / "curves"))
+    plot_confusion([[9, 1, 0]] * 3, names, "$^$", str(tmp_path / "confusion"))
 
 
 @pytest.fixture
@@ -166,6 +179,32 @@ def drawn(monkeypatch):
     figures = []
     monkeypatch.setattr("common.figures.save_figure", lambda figure, path: figures.append(figure))
     return figures
+
+
+def test_a_confusion_matrix_shows_the_percentage_of_each_true_class_in_its_row(drawn):
+    plot_confusion([[30, 9, 1], [0, 5, 5], [4, 0, 996]], ["a", "b", "c"], "title", "confusion")
+    axis = drawn[0].axes[0]
+    shown = {tuple(reversed(text.get_position())): text.get_text() for text in axis.texts}
+    # (row, column); less than half a percent, and nothing at all, stay empty.
+    assert shown == {
+        (0, 0): "75",
+        (0, 1): "22",
+        (0, 2): "2",
+        (1, 1): "50",
+        (1, 2): "50",
+        (2, 2): "100",
+    }
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["a", "b", "c"]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("Predicted class", "True class")
+    assert axis.images[0].get_array()[0].tolist() == [75, 22.5, 2.5]
+
+
+def test_a_confusion_matrix_of_more_than_20_classes_has_no_numbers_in_its_cells(drawn):
+    for classes in (20, 21):
+        counts = torch.ones(classes, classes).tolist()
+        plot_confusion(counts, [str(c) for c in range(classes)], "title", "confusion")
+    assert [len(figure.axes[0].texts) for figure in drawn] == [400, 0]
+    assert all(len(figure.axes[0].get_yticklabels()) in (20, 21) for figure in drawn)
 
 
 LONG_NAMES = [

@@ -1,4 +1,4 @@
-"""The k-shot test against loops that go over every image, one at a time."""
+"""The k-shot test and random episodes against loops that go over every image, one at a time."""
 
 from copy import deepcopy
 
@@ -14,14 +14,28 @@ from common.config import UserError
 from common.encoder import Encoder
 from common.inner_loop import OUTPUT_INITS, InnerLoop
 from common.kshot import (
-    adapted_accuracies,
-    nearest_prototype_accuracies,
+    accuracies,
+    adapted_counts,
+    nearest_prototype_counts,
+    random_episodes,
     spread_evenly,
     summarize,
     support_sets,
 )
 
 NAMES = [f"class {c}" for c in range(20)]
+
+
+def nearest_prototype_accuracies(features, labels, sets, n_way, *progress):
+    k_shot = sets.shape[1] // n_way
+    return accuracies(nearest_prototype_counts(features, labels, sets, n_way, k_shot, *progress))
+
+
+def adapted_accuracies(encoder, images, labels, sets, n_way, loop, *progress, **options):
+    k_shot = sets.shape[1] // n_way
+    return accuracies(
+        adapted_counts(encoder, images, labels, sets, n_way, k_shot, loop, *progress, **options)
+    )
 
 
 def labels_of(sizes, seed=0):
@@ -235,15 +249,15 @@ def test_the_order_of_the_support_sets_changes_no_result_by_a_bit():
     images, sets = images_of(labels).float(), support_sets(labels, 2, NAMES[:3])
     order = [2, 0, 3, 1]
     features = encoder(images).detach()
-    for accuracies in (
-        lambda some: nearest_prototype_accuracies(features, labels, some, 3),
-        lambda some: adapted_accuracies(encoder, images, labels, some, 3, INNER_LOOP),
+    for counts in (
+        lambda some: nearest_prototype_counts(features, labels, some, 3, 2),
+        lambda some: adapted_counts(encoder, images, labels, some, 3, 2, INNER_LOOP),
     ):
-        forward = accuracies(sets)
+        forward = counts(sets)
         assert len(forward) == 4
-        assert torch.equal(accuracies(sets[order]), forward[order])
+        assert torch.equal(counts(sets[order]), forward[order])
         # Each set alone, with no copy from an earlier set to be used again.
-        assert torch.equal(torch.cat([accuracies(sets[i : i + 1]) for i in range(4)]), forward)
+        assert torch.equal(torch.cat([counts(sets[i : i + 1]) for i in range(4)]), forward)
 
 
 def test_a_test_leaves_the_encoder_as_it_was_to_the_last_bit():
@@ -306,6 +320,188 @@ def test_a_class_without_an_image_left_to_ask_is_named_with_both_numbers():
 def test_a_class_without_any_image_is_named():
     with pytest.raises(UserError, match="found 0 of 'crab'"):
         support_sets(labels_of([20, 20]), 2, ["apple", "beaver", "crab"])
+
+
+# Random episodes
+
+
+def read_episode(episode, n_way, k_shot):
+    """An episode as lists of image numbers: [class] -> its support images, [class] -> queries."""
+    rows, n_query = episode.tolist(), len(episode) // n_way - k_shot
+    support = [rows[c * k_shot : (c + 1) * k_shot] for c in range(n_way)]
+    rows = rows[n_way * k_shot :]
+    return support, [rows[c * n_query : (c + 1) * n_query] for c in range(n_way)]
+
+
+@settings(max_examples=30)
+@given(
+    sizes=st.lists(st.integers(5, 15), min_size=2, max_size=6),
+    n_way=st.integers(2, 6),
+    k_shot=st.integers(1, 3),
+    n_query=st.integers(1, 2),
+    seed=st.integers(0, 1000),
+)
+def test_episodes_have_distinct_classes_and_images_and_are_the_same_in_two_calls(
+    sizes, n_way, k_shot, n_query, seed
+):
+    n_way, labels = min(n_way, len(sizes)), labels_of(sizes, seed)
+    draw = (labels, n_way, k_shot, n_query, 7, NAMES[: len(sizes)])
+    before = torch.random.get_rng_state()
+    episodes = random_episodes(*draw)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert episodes.shape == (7, n_way * (k_shot + n_query))
+    for episode in episodes:
+        assert len(set(episode.tolist())) == len(episode)
+        of_support, of_query = (
+            [{labels[row].item() for row in rows} for rows in part]
+            for part in read_episode(episode, n_way, k_shot)
+        )
+        assert of_support == of_query and all(len(classes) == 1 for classes in of_support)
+        assert len(set.union(*of_support)) == n_way
+    torch.manual_seed(seed)
+    assert torch.equal(random_episodes(*draw), episodes)
+
+
+def test_every_class_and_image_is_drawn_about_as_often_as_any_other():
+    labels = labels_of([10, 20, 10, 20])
+    episodes = random_episodes(labels, 2, 1, 4, 400, NAMES[:4])
+    drawn = torch.bincount(labels[episodes[:, :2]].flatten())  # 800 draws of 4 classes
+    assert drawn.sum() == 800 and (drawn - 200).abs().max() < 50
+    of_image = torch.bincount(episodes.flatten(), minlength=60)
+    expected = 1000 / torch.tensor([10, 20, 10, 20])[labels]
+    assert ((of_image - expected).abs() < 6 * expected.sqrt()).all()
+    assert len({tuple(episode) for episode in episodes.tolist()}) == 400
+
+
+@settings(max_examples=30)
+@given(
+    sizes=st.lists(st.integers(7, 12), min_size=2, max_size=5),
+    n_way=st.integers(2, 5),
+    k_shot=st.integers(1, 3),
+    n_query=st.integers(1, 4),
+    seed=st.integers(0, 1000),
+)
+def test_accuracies_of_episodes_equal_a_loop_over_episodes_and_images(
+    sizes, n_way, k_shot, n_query, seed
+):
+    n_way, labels = min(n_way, len(sizes)), labels_of(sizes, seed)
+    features = features_of(labels, seed=seed)
+    episodes = random_episodes(labels, n_way, k_shot, n_query, 9, NAMES[: len(sizes)])
+    counts = nearest_prototype_counts(features, labels, episodes, n_way, k_shot)
+
+    features = features.numpy()
+    for episode, found, accuracy in zip(episodes, counts, accuracies(counts), strict=True):
+        support, query = read_episode(episode, n_way, k_shot)
+        prototypes = [features[rows].mean(axis=0) for rows in support]
+        expected = [[0] * n_way for _ in range(n_way)]
+        for c, rows in enumerate(query):
+            for row in rows:
+                distances = [((features[row] - prototype) ** 2).sum() for prototype in prototypes]
+                expected[c][int(np.argmin(distances))] += 1
+        assert found.tolist() == expected
+        assert accuracy == sum(expected[c][c] for c in range(n_way)) / (n_way * n_query)
+
+
+@pytest.mark.parametrize("in_graph", [True, False])  # True: a GPU's code path, nothing recorded
+@pytest.mark.parametrize("output_init", OUTPUT_INITS)
+@pytest.mark.parametrize("mirror", [True, False])
+def test_counts_of_adapted_episodes_equal_adaptation_by_hand(mirror, output_init, in_graph):
+    labels, encoder, n_way, k_shot = labels_of([6, 7, 6, 8]), small_encoder(), 3, 2
+    images = images_of(labels)
+    with torch.no_grad():
+        for _ in range(30):  # running statistics of these images, else all queries go to one class
+            encoder.train()(images)
+    encoder.eval()
+    episodes = random_episodes(labels, n_way, k_shot, 4, 3, NAMES[:4])
+    loop = InnerLoop(3, INNER_LOOP.lr_inner, INNER_LOOP.lr_output, output_init)
+    found = adapted_counts(
+        encoder, images, labels, episodes, n_way, k_shot, loop, mirror=mirror, in_graph=in_graph
+    )
+
+    expected = torch.zeros(3, n_way, n_way, dtype=torch.float64)
+    for number, episode in enumerate(episodes):
+        support, query = read_episode(episode, n_way, k_shot)
+        position = torch.full((len(labels),), -1)  # of a class in the episode
+        for c, rows in enumerate(support):
+            position[rows] = c
+        rows = sum(support, [])
+        model = adapted_by_hand(encoder, images, position, rows, n_way, output_init, mirror)
+        views = [images, images.flip(3)] if mirror else [images]
+        for c, rows in enumerate(query):
+            for row in rows:
+                logits = sum(model(view[row : row + 1]) for view in views)
+                expected[number, c, logits.argmax()] += 1
+    assert torch.equal(found, expected)
+    assert (found.sum(dim=1) > 0).sum() > 5  # of 3 episodes * 3 predicted classes
+
+
+def test_the_processes_share_the_episodes_and_put_them_together_in_order(monkeypatch):
+    labels = labels_of([9, 9, 9])
+    episodes = random_episodes(labels, 2, 1, 5, 7, NAMES[:3])
+    tested = (features_of(labels), labels, episodes, 2, 1)
+    expected = nearest_prototype_counts(*tested)
+    monkeypatch.setattr("common.kshot.gather", lambda own, count: own)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        assert torch.equal(nearest_prototype_counts(*tested), expected[rank::3])
+
+
+def test_an_episode_of_more_classes_than_there_are_is_refused():
+    with pytest.raises(UserError, match="4-way episodes need 4 classes, found 3; pass --n_way=3"):
+        random_episodes(labels_of([20, 20, 20]), 4, 1, 5, 2, NAMES[:3])
+
+
+def test_an_episode_of_more_images_than_a_class_has_is_refused_with_its_name():
+    names = ["apple", "beaver", "crab"]
+    with pytest.raises(UserError) as caught:
+        random_episodes(labels_of([20, 8, 20]), 2, 4, 5, 2, names)
+    for part in ("needs 9 images", "k = 4, 5 queries", "found 8 of 'beaver'", "--n_query"):
+        assert part in str(caught.value)
+    assert len(random_episodes(labels_of([20, 9, 20]), 2, 4, 5, 2, names)) == 2
+
+
+# Which class is taken for which
+
+
+@pytest.mark.parametrize("adapts", [True, False])
+def test_the_counts_of_support_sets_equal_those_of_single_images(adapts):
+    labels, encoder = labels_of([7, 9, 8]), small_encoder()
+    images, sets = images_of(labels), support_sets(labels, 2, NAMES[:3])
+    with torch.no_grad():
+        features = encoder(images)
+    if adapts:
+        found = adapted_counts(encoder, images, labels, sets, 3, 2, INNER_LOOP)
+    else:
+        found = nearest_prototype_counts(features, labels, sets, 3, 2)
+
+    expected = torch.zeros(len(sets), 3, 3, dtype=torch.float64)
+    for number, chunk in enumerate(chunks_by_hand(labels, 2)):
+        rows = sum(chunk, [])
+        model = adapted_by_hand(encoder, images, labels, rows, 3, "prototypes", False)
+        prototypes = torch.stack([features[of_class].mean(dim=0) for of_class in chunk])
+        for row in sorted(set(range(len(labels))) - set(rows)):
+            if adapts:
+                predicted = model(images[row : row + 1]).argmax()
+            else:
+                predicted = (prototypes - features[row]).square().sum(dim=1).argmin()
+            expected[number, labels[row], predicted] += 1
+    assert torch.equal(found, expected)
+    assert found.sum(dim=2).unique(dim=0).tolist() == [[5, 7, 6]]  # queries of each class
+    assert 0 < found.diagonal(dim1=1, dim2=2).sum() < found.sum()
+
+
+def test_the_mean_over_classes_is_the_accuracy_where_all_have_as_many_queries():
+    labels = labels_of([13, 13, 13, 13])
+    sets = support_sets(labels, 3, NAMES[:4])
+    counts = nearest_prototype_counts(features_of(labels), labels, sets, 4, 3)
+    confusion = counts.sum(dim=0)
+    of_class = confusion.diagonal() / confusion.sum(dim=1)
+    assert len(of_class.unique()) > 1
+    assert of_class.mean().item() == pytest.approx(summarize(accuracies(counts))[0], abs=1e-12)
+
+
+# The summary
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=50))

@@ -13,7 +13,7 @@ import torch
 from common.checkpoint import encoder_of, load_checkpoint
 from common.data import CIFAR100_MEAN, CIFAR100_STD, load_dataset, normalize
 from common.encoder import encode_in_batches
-from common.kshot import nearest_prototype_accuracies, summarize, support_sets
+from common.kshot import accuracies, nearest_prototype_counts, summarize, support_sets
 from common.splits import split_classes
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"  # beside the project's checkout
@@ -55,8 +55,8 @@ def percent_over_k(features, image_set, k_shots=K_SHOTS):
     for k_shot in k_shots:
         labels, class_names = image_set.labels, image_set.class_names
         sets = support_sets(labels, k_shot, class_names)
-        accuracies = nearest_prototype_accuracies(features, labels, sets, len(class_names))
-        means.append(100 * summarize(accuracies)[0])
+        counts = nearest_prototype_counts(features, labels, sets, len(class_names), k_shot)
+        means.append(100 * summarize(accuracies(counts))[0])
     return means
 
 

@@ -1,4 +1,4 @@
-"""The four real scripts, end to end, as their own processes with tiny budgets on small glyphs."""
+"""The real scripts that train and test, end to end, as their own processes with tiny budgets on small glyphs."""
 
 import csv
 import errno
@@ -24,7 +24,7 @@ import evaluate
 import train_classifier
 import train_protomaml
 import train_protonet
-from common.checkpoint import load_checkpoint, save_checkpoint
+from common.checkpoint import MODEL_NAMES, content_digest, load_checkpoint, save_checkpoint
 from common.config import UserError, parse_config
 from common.data import load_dataset
 
@@ -296,6 +296,117 @@ def test_a_domain_that_needs_a_missing_network_is_named(
     assert re.search(r"^mnist: not tested\. .*mnist\.npz is missing", printed, re.MULTILINE)
 
 
+# Which class is taken for which
+
+
+@pytest.mark.parametrize("dataset", ["glyphs", "glyph_digits"])
+def test_accuracy_per_class_and_a_confusion_matrix_are_written_for_the_largest_k(dataset, tested):
+    with open(tested[0] / f"classes_{dataset}.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert {line["k_shot"] for line in lines} == {"5"}
+    assert {line["model"] for line in lines} == set(MODELS)
+    assert len(lines) == 4 * {"glyphs": 2, "glyph_digits": 10}[dataset]
+    for row in rows_of(tested[0]):
+        of_model = [line for line in lines if line["model"] == row["model"]]
+        if (row["dataset"], row["k_shot"]) == (dataset, 5) and of_model:
+            # All classes have the same number of queries.
+            mean = sum(float(line["accuracy"]) for line in of_model) / len(of_model)
+            assert mean == pytest.approx(row["accuracy"], abs=1e-12)
+            assert all(line["class"] != line["most_often_mistaken_for"] for line in of_model)
+            name = f"confusion_{row['model']}_{dataset}"
+            assert min(Image.open(tested[0] / f"{name}.png").size) > 100
+            assert (tested[0] / f"{name}.svg").read_text().endswith("</svg>\n")
+    assert not list(tested[0].glob("*confusion_pixels*"))
+
+
+def test_kept_results_without_single_classes_are_computed_anew_to_the_same_numbers(
+    tested, trained, evaluate_small, tmp_path
+):
+    folder, names = copied(tested, tmp_path), ("accuracy.json", "classes_glyphs.csv")
+    evaluate_small(folder, "--domains=", only("protonet", trained))
+    before = {name: (folder / name).read_bytes() for name in names}
+    for path in (folder / ".cache").glob("*.json"):
+        row = json.loads(path.read_text())
+        del row["digest"]
+        row.pop("confusion", None)
+        path.write_text(json.dumps({**row, "digest": content_digest(row)}))
+    printed = evaluate_small(folder, "--domains=", only("protonet", trained))
+    assert printed.count("says nothing about single classes: this result is computed anew") == 2
+    assert printed.count("reused") == 2  # pixels
+    assert {name: (folder / name).read_bytes() for name in names} == before
+
+
+# Random episodes
+
+EPISODES = "--protocol=episodes --max_support_sets=0 --k_shots=1,5 --n_way=2 --n_query=4"
+EPISODES = [*EPISODES.split(), "--num_episodes=6"]
+
+
+def test_random_episodes_are_tested_in_place_of_support_sets(evaluate_small, tmp_path):
+    printed = evaluate_small(tmp_path, *EPISODES)
+    rows = rows_of(tmp_path)
+    wanted = itertools.product([*MODEL_NAMES, "pixels"], ["glyphs"], [1, 5])
+    assert [(row["model"], row["dataset"], row["k_shot"]) for row in rows] == list(wanted)
+    for row in rows:
+        assert (row["n_way"], row["num_episodes"], row["num_queries"]) == (2, 6, 8)
+        # The classifier's features have a learned length.
+        sizes = {"pixels": 0, "classifier": 962_913}
+        assert row["parameters"] == sizes.get(row["model"], 962_912)
+        correct = row["accuracy"] * 6 * 8
+        assert correct == pytest.approx(round(correct), abs=1e-9)
+        numbers = f"{100 * row['accuracy']:.2f} +± {100 * row['ci95']:.2f} .* 6 +2 +"
+        assert re.search(rf" {row['k_shot']} +{numbers}", printed)
+    assert "protomaml on glyphs: 12 adaptations of 3 steps\n" in printed
+    names = {path.stem for path in tmp_path.iterdir() if path.is_file()}
+    assert names == {"accuracy", "examples_glyphs", "few_shot_batch", "models_glyphs"}
+    assert evaluate_small(tmp_path, *EPISODES).count("reused") == 10
+    assert rows_of(tmp_path) == rows
+
+
+def test_episodes_of_one_k_have_no_figure_over_k(trained, evaluate_small, tmp_path):
+    evaluate_small(tmp_path, *EPISODES, "--k_shots=5", only("protonet", trained))
+    assert not list(tmp_path.glob("models_*"))
+
+
+@pytest.mark.parametrize(
+    ("option", "reused"),
+    [("--num_episodes=5", 0), ("--n_query=3", 0), ("--k_shots=1,2", 2), ("--mirror=true", 2)],
+)
+def test_results_of_other_episodes_are_not_reused(
+    option, reused, trained, evaluate_small, tmp_path
+):
+    model = only("protonet", trained)
+    evaluate_small(tmp_path, *EPISODES, model)
+    assert evaluate_small(tmp_path, *EPISODES, model, option).count("reused") == reused
+
+
+def test_the_two_protocols_share_no_result(tested, trained, evaluate_small, tmp_path):
+    folder, model = copied(tested, tmp_path), only("protonet", trained)
+    assert "reused" not in evaluate_small(folder, *EPISODES, "--k_shots=2,5", model)
+    assert evaluate_small(folder, "--domains=", model).count("reused") == 4
+
+
+def test_a_named_domain_is_tested_on_episodes_of_all_its_classes(trained, evaluate_small, tmp_path):
+    options = ["--domains=glyph_digits", "--classes=val", only("protonet", trained)]
+    evaluate_small(tmp_path, *EPISODES, *options)
+    found = {(row["dataset"], row["classes"]) for row in rows_of(tmp_path)}
+    assert found == {("glyphs", "val"), ("glyph_digits", "all")}
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--n_way=3", "3-way episodes need 3 classes, found 2; pass --n_way=2"),
+        ("--n_query=20", "an episode needs 25 images of each class .*found 24"),
+    ],
+)
+def test_episodes_that_the_data_cannot_give_are_refused_in_one_line(
+    option, message, trained, evaluate_small, tmp_path
+):
+    with pytest.raises(UserError, match=message):
+        evaluate_small(tmp_path, *EPISODES, option, only("protonet", trained))
+
+
 # How long a test takes
 
 
@@ -350,23 +461,43 @@ def test_an_interrupted_test_does_not_wait_for_its_adaptations(trained, glyph_di
 # A user's own images
 
 
-def test_a_folder_of_png_files_trains_and_is_tested(glyph_dir, tmp_path):
-    data = load_dataset("glyphs", glyph_dir)
-    for position, label in enumerate(data.labels.tolist()):
-        if label < 8:
-            file = tmp_path / "data" / "letters" / data.class_names[label] / f"{position:04}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            pixels = data.images[position].permute(1, 2, 0).contiguous().numpy()
-            Image.fromarray(pixels).save(file)
+SIZES = [(32, 32), (120, 90), (48, 100), (640, 360), (20, 24)]
+PARTS = {"train": 4, "val": 2, "test": 2}  # classes of each
+
+
+def save_photographs(folder, data, per_class=24):
+    """Save images of some classes as JPEG and PNG files of mixed sizes and shapes, in parts."""
+    names = iter(data.class_names)
+    for part, count in PARTS.items():
+        for name in itertools.islice(names, count):
+            (folder / part / name).mkdir(parents=True)
+            of_class = data.of_classes([name]).images.permute(0, 2, 3, 1)
+            for number, pixels in enumerate(of_class[:per_class]):
+                image = Image.fromarray(pixels.contiguous().numpy())
+                image = image.resize(SIZES[number % len(SIZES)])
+                image.save(folder / part / name / f"{number}.{('jpg', 'png')[number % 2]}")
+
+
+def test_a_folder_of_photographs_of_mixed_sizes_trains_and_is_tested(glyph_dir, tmp_path, capsys):
+    data, photos = load_dataset("glyphs", glyph_dir), tmp_path / "data" / "letters"
+    save_photographs(photos, data)
     where = ["--dataset=letters", f"--data_dir={tmp_path / 'data'}"]
     where += [f"--checkpoint_dir={tmp_path / 'checkpoints'}"]
-    in_process(train_protonet, *where, *SMALL_EPISODES, "--epochs=1")
+    in_process(train_protonet, *where, *SMALL_EPISODES, "--epochs=1", "--image_size=36")
+    read = f"{photos}: 192 images of 20x24 to 640x360 pixels in 8 classes, brought to 36x36\n"
+    assert read in capsys.readouterr().out
+    checkpoint = load_checkpoint(tmp_path / "checkpoints" / "letters" / "protonet.pt")
+    assert checkpoint["config"]["image_size"] == 36
+    names = data.class_names[:8]
+    split = {"train": sorted(names[:4]), "val": sorted(names[4:6]), "test": sorted(names[6:])}
+    assert checkpoint["class_split"] == split
+
     results = tmp_path / "results"
     options = ["--k_shots=2", "--device=cpu", f"--results_dir={results}"]
     assert in_process(evaluate, *where, *options) == 0
+    assert str(photos) not in capsys.readouterr().out  # what was kept has the size asked for
     found = [(row["model"], row["dataset"], row["num_support_sets"]) for row in rows_of(results)]
     assert found == [("protonet", "letters", 12), ("pixels", "letters", 12)]
-    assert not list((tmp_path / "data").glob("*.npz"))  # the folder stays the user's
 
 
 # Help

@@ -1,4 +1,4 @@
-"""The tables: every number in its place, the tutorial's only where they belong."""
+"""The tables: every number in its place, what others published only where it belongs."""
 
 import csv
 import io
@@ -8,7 +8,8 @@ import os
 import pytest
 
 from common.config import UserError
-from common.tables import markdown_table, text_table, write_tables
+from common.published import CIFAR_FS
+from common.tables import markdown_table, text_table, write_class_table, write_tables
 
 
 def result(
@@ -30,6 +31,12 @@ def result(
         "num_support_sets": 300,
         "num_queries": 5980,
     }
+    return {**row, **other}
+
+
+def episode_result(**other):
+    row = result(n_way=5, k_shot=1, num_queries=75, num_episodes=2000, parameters=962_912)
+    del row["num_support_sets"]
     return {**row, **other}
 
 
@@ -184,6 +191,80 @@ def test_the_markdown_file_is_the_table_with_the_failures(tmp_path):
     assert text == markdown_table([result()], failures)
     found = sorted(os.listdir(tmp_path / "results"))
     assert found == ["accuracy.csv", "accuracy.json", "accuracy.md"]
+
+
+# Random episodes
+
+
+def test_a_row_of_episodes_says_how_many_of_how_many_classes_and_how_large_the_encoder_is():
+    assert only_line(episode_result()) == {
+        "model": "ProtoNet",
+        "tested on": "cifar100",
+        "k": "1",
+        "accuracy": "44.31",
+        "95 % interval": "± 0.42",
+        "std": "3.72",
+        "episodes": "2000",
+        "n_way": "5",
+        "parameters (M)": "0.96",
+    }
+    assert only_line(episode_result(model="pixels", parameters=0))["parameters (M)"] == "-"
+
+
+@pytest.mark.parametrize("table", [text_table, markdown_table])
+def test_the_note_of_episodes_speaks_of_episodes(table):
+    text = table([episode_result()], {})
+    assert "mean over the episodes" in text and "support set" not in text
+
+
+def test_published_rows_stand_below_the_table_on_the_screen_and_in_markdown(tmp_path):
+    rows = [episode_result(), episode_result(model="pixels", parameters=0)]
+    text = text_table(rows, {}, CIFAR_FS).splitlines()
+    markdown = markdown_table(rows, {}, CIFAR_FS).splitlines()
+    assert markdown[: len(markdown_table(rows, {}).splitlines())] == (
+        markdown_table(rows, {}).splitlines()
+    )
+    below = [cells_of(line) for line in markdown[-len(CIFAR_FS) - 2 :]]
+    assert below[0] == ["published", "encoder", "parameters (M)", "1-shot", "5-shot"]
+    found = {tuple(cells) for cells in below[2:]}
+    assert ("MAML", "4 convolutions, 64 filters", "0.11", "58.9", "71.5") in found
+    assert ("R2D2", "4 convolutions, up to 512 filters", "-", "64.0", "78.9") in found
+    assert ("RFS, distilled", "ResNet-12", "8 to 12", "73.9", "86.9") in found
+    for line, cells in zip(text[-len(CIFAR_FS) :], below[2:], strict=True):
+        assert line.split() == " ".join(cells).split()
+    write_tables(rows, {}, str(tmp_path), CIFAR_FS)
+    assert (tmp_path / "accuracy.md").read_text(encoding="utf-8").splitlines() == markdown
+    assert json.loads((tmp_path / "accuracy.json").read_text()) == rows
+
+
+# Accuracy per class
+
+
+def test_the_class_table_says_how_often_a_class_is_recognised_and_what_it_is_taken_for(tmp_path):
+    rows = [
+        result(confusion=[[6, 1, 3], [0, 10, 0], [4, 4, 2]]),
+        result("classifier", k_shot=2, confusion=[[1, 9, 0], [5, 5, 0], [0, 0, 10]]),
+    ]
+    write_class_table(rows, ["cat", "dog, wild", "eel"], str(tmp_path / "classes.csv"))
+    found = list(csv.DictReader(io.StringIO((tmp_path / "classes.csv").read_text())))
+    assert [list(line.values()) for line in found] == [
+        ["protonet", "2", "cat", "0.6", "eel", "0.3"],
+        ["protonet", "2", "dog, wild", "1.0", "", "0.0"],
+        ["protonet", "2", "eel", "0.2", "cat", "0.4"],
+        ["classifier", "2", "cat", "0.1", "dog, wild", "0.9"],
+        ["classifier", "2", "dog, wild", "0.5", "cat", "0.5"],
+        ["classifier", "2", "eel", "1.0", "", "0.0"],
+    ]
+    names = ["model", "k_shot", "class", "accuracy", "most_often_mistaken_for", "share_of_queries"]
+    assert list(found[0]) == names
+
+
+def test_the_counts_of_single_classes_stand_in_no_table_of_accuracies(tmp_path):
+    for folder, more in (("with", {"confusion": [[1, 2], [3, 4]]}), ("without", {})):
+        write_tables([result(**more)], {}, str(tmp_path / folder))
+    for name in ("accuracy.json", "accuracy.csv", "accuracy.md"):
+        with_counts, without = ((tmp_path / each / name) for each in ("with", "without"))
+        assert with_counts.read_bytes() == without.read_bytes()
 
 
 def test_a_folder_that_cannot_be_written_is_one_message(tmp_path):
