@@ -24,7 +24,7 @@ from common.config import (
 )
 from common.script import run_script
 
-SCRIPTS = ("train_classifier", "train_protonet", "train_protomaml", "evaluate")
+SCRIPTS = ("train_classifier", "train_protonet", "train_protomaml", "evaluate", "classify")
 
 
 def module_of(script):
@@ -224,6 +224,7 @@ def test_without_a_recipe_the_defaults_are_those_of_the_first_recipe():
         "train_protonet": [],
         "train_protomaml": ["tutorial", "best"],
         "evaluate": ["tutorial", "quick", "best"],
+        "classify": [],
     }
     for script, recipes in found.items():
         if recipes:
@@ -322,6 +323,7 @@ OF_ALL_TRAINERS = [
     ("--n_query=-1", "n_query is -1, but at least 1"),
     ("--epochs=0", "epochs is 0, but at least 1"),
     ("--proto_dim=0", "proto_dim is 0, but at least 1"),
+    ("--image_size=28", "image_size is 28, but at least 29"),
     ("--steps_per_epoch=-1", "steps_per_epoch is -1, but at least 0"),
     ("--weight_decay=-0.1", "weight_decay is -0.1, but at least 0"),
     ("--seed=-1", "seed is -1, but at least 0"),
@@ -377,6 +379,10 @@ OUT_OF_RANGE = [
     ("evaluate", "--domain_lr_output=-1", "domain_lr_output is -1.0, but a number above 0"),
     ("evaluate", "--max_support_sets=-1", "max_support_sets is -1, but at least 0"),
     ("evaluate", "--epochs=3", "unknown option --epochs"),
+    ("evaluate", "--protocol=papers", "protocol is 'papers', but one of tutorial, episodes"),
+    ("evaluate", "--n_way=1", "n_way is 1, but at least 2"),
+    ("evaluate", "--n_query=0", "n_query is 0, but at least 1"),
+    ("evaluate", "--num_episodes=0", "num_episodes is 0, but at least 1"),
 ]
 
 
@@ -385,6 +391,19 @@ def test_a_value_out_of_range_is_refused_with_the_value_and_the_range(script, op
     with pytest.raises(UserError, match=message) as caught:
         parse_config(module_of(script).Config, [option])
     assert "\n" not in str(caught.value) and len(str(caught.value)) > 20
+
+
+@pytest.mark.parametrize(
+    "option", ["--n_way=4", "--n_query=4", "--num_episodes=9", "--max_support_sets=3"]
+)
+def test_an_option_of_the_other_protocol_is_refused(option):
+    for_episodes = option != "--max_support_sets=3"
+    own, other = ("episodes", "tutorial") if for_episodes else ("tutorial", "episodes")
+    config_class = module_of("evaluate").Config
+    assert parse_config(config_class, [option, f"--protocol={own}"]).protocol == own
+    message = f"does nothing with --protocol={other}; pass {option.split('=')[0]}="
+    with pytest.raises(UserError, match=message):
+        parse_config(config_class, [option, f"--protocol={other}"])
 
 
 @pytest.mark.parametrize("script", ["train_protonet", "train_protomaml"])
