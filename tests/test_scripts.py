@@ -1,4 +1,4 @@
-"""The real scripts that train and test, end to end, as their own processes with tiny budgets on small glyphs."""
+"""The scripts that train and test, end to end, as processes with tiny budgets on small glyphs."""
 
 import csv
 import errno
