@@ -87,38 +87,46 @@ class Config:
         require(self, "lr", above=0)
 
 
-def learn_episode(cfg, encoder, images, local):
-    """Return an episode's loss, accuracy, gradients and BatchNorm statistics.
+def solve_episode(cfg, encoder, images):
+    """Return the loss and the accuracy of an episode.
 
-    images [N*(K+Q), 3, H, W], the support set first, class by class; local: a copy of the encoder
-    to compute on.
+    images [N*(K+Q), 3, H, W], the support set first, class by class.
     """
-    copy_weights(encoder, local)
     # Support and query go through the encoder in one batch: BatchNorm uses the statistics of both.
-    features = local(images)  # [N*(K+Q), D]
+    features = encoder(images)  # [N*(K+Q), D]
     support, query = features.split([cfg.n_way * cfg.k_shot, cfg.n_way * cfg.n_query])
     prototypes = make_prototypes(support, cfg.n_way)  # [N, D], the mean feature of each class
     logits = distance_logits(query, prototypes)  # [N*Q, N], minus the squared distances
     labels = episode_labels(cfg.n_way, cfg.n_query, logits.device)  # [N*Q]
-    loss = F.cross_entropy(logits, labels)
-    # The loss of a step is the mean over its episodes.
-    gradients = torch.autograd.grad(loss / cfg.episodes_per_step, list(local.parameters()))
-    return loss.detach(), accuracy(logits, labels), gradients, running_statistics(local)
+    return F.cross_entropy(logits, labels), accuracy(logits, labels)
 
 
 def learn_episodes(cfg, data, encoder, workers, episodes, *views):
-    """Set the encoder's gradients and statistics; return the mean loss and accuracy of episodes.
+    """Set the gradients of the mean loss of a step's episodes; return mean loss and accuracy.
 
     episodes: indices of images, int64 [E*N*(K+Q)], one episode after the other. views: their random
     crops, flips and colours.
     """
     images = data.normalize(augment(data.train.images[episodes], *views))
     images = images.split(cfg.n_way * (cfg.k_shot + cfg.n_query))  # E of [N*(K+Q), 3, H, W]
-    results = workers.map(partial(learn_episode, cfg, encoder), images)
+    if len(images) == 1:
+        loss, acc = solve_episode(cfg, encoder, images[0])
+        encoder.zero_grad()
+        (loss / cfg.episodes_per_step).backward()
+        return loss.detach(), acc
+    # Side by side, each on a copy of the encoder with BatchNorm statistics of its own.
+    results = workers.map(partial(learn_on_copy, cfg, encoder), images)
     losses, accuracies, gradients, statistics = zip(*results)
     hand_over_gradients(encoder, gradients)
     follow_statistics(encoder, statistics)
     return torch.stack(losses).mean(), torch.stack(accuracies).mean()
+
+
+def learn_on_copy(cfg, encoder, images, local):
+    """Return an episode's loss and accuracy, its gradients and its BatchNorm statistics."""
+    loss, acc = solve_episode(cfg, copy_weights(encoder, local), images)
+    gradients = torch.autograd.grad(loss / cfg.episodes_per_step, list(local.parameters()))
+    return loss.detach(), acc, gradients, running_statistics(local)
 
 
 def main(cfg):
@@ -145,7 +153,6 @@ def main(cfg):
     optimizer = make_optimizer(encoder.parameters(), cfg.lr, cfg.weight_decay, device)
     run = TrainingRun(cfg, "protonet", encoder, optimizer, sampler.generator, data)
 
-    # Several episodes at a time, each on its own copy of the encoder.
     workers = Workers(device, own_episodes, encoder.train())
     step_fn = partial(learn_episodes, cfg, data, encoder, workers)
     step_fn = CudaGraphStep(step_fn, device, cfg.cuda_graphs)
@@ -161,6 +168,7 @@ def main(cfg):
             cfg.color_jitter,
         )
 
+        encoder.train()
         for step in run.steps(len(batches)):
             loss, acc = step_fn(*batches.of(step))
             gradients = [parameter.grad for parameter in encoder.parameters()]

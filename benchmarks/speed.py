@@ -43,7 +43,6 @@ from common.glyphs import draw_glyphs
 from common.inner_loop import (
     InnerLoop,
     adapt,
-    copy_weights,
     first_order_gradients,
     follow_statistics,
     hand_over_gradients,
@@ -245,23 +244,14 @@ def protonet_trainer(bench, encoder):
     """Return the function that does one step of train_protonet.py."""
     optimizer = make_optimizer(encoder.parameters(), 2e-4, 0.01, bench.device)
 
-    workers = Workers(bench.device, 1, encoder)
-
-    def learn_episode(images, local):
-        copy_weights(encoder, local)
-        loss, accuracy = episode_loss(local(images), N_WAY, K_SHOT)
-        gradients = torch.autograd.grad(loss, list(local.parameters()))
-        return loss.detach(), accuracy, gradients, running_statistics(local)
-
-    def learn_episodes(batch, *crops_and_flips):
+    def learn_episode(batch, *crops_and_flips):
         images = make_images(bench, batch, *crops_and_flips)
-        results = workers.map(learn_episode, [images])
-        losses, accuracies, gradients, statistics = zip(*results)
-        hand_over_gradients(encoder, gradients)
-        follow_statistics(encoder, statistics)
-        return torch.stack(losses).mean(), torch.stack(accuracies).mean()
+        loss, accuracy = episode_loss(encoder(images), N_WAY, K_SHOT)
+        encoder.zero_grad()
+        loss.backward()
+        return loss.detach(), accuracy
 
-    return tracked(bench, learn_episodes, optimizer)
+    return tracked(bench, learn_episode, optimizer)
 
 
 def protomaml_trainer(bench, encoder, tasks, num_inner_steps):
