@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common.checkpoint import MODEL_NAMES, encoder_of, load_checkpoint
+from common.checkpoint import ADAPTING, MODEL_NAMES, encoder_of, load_checkpoint
 from common.config import UserError, require
 from common.data import normalize
 from common.device import pick_device
@@ -51,7 +51,6 @@ from common.prototypes import distance_logits
 from common.samplers import episode_labels
 from common.script import run_script
 
-ADAPTING = ("maml", "protomaml")  # the other models classify by nearest prototype
 IMAGES_PER_SHEET = 100
 THUMBNAIL = 160  # pixels
 

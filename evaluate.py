@@ -25,7 +25,7 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from common.checkpoint import MODEL_NAMES, content_digest, encoder_of, load_checkpoint
+from common.checkpoint import ADAPTING, MODEL_NAMES, content_digest, encoder_of, load_checkpoint
 from common.config import UserError, require, require_one_of
 from common.data import load_dataset, normalize
 from common.device import pick_device
@@ -50,7 +50,6 @@ from common.tables import text_table, write_class_table, write_tables
 
 PROTOCOL = 1  # version of the test: results of another version are not reused
 DEFAULT_DOMAINS = {"cifar100": ("svhn",), "glyphs": ("glyph_digits",)}
-ADAPTING = ("maml", "protomaml")  # the other models classify by nearest prototype
 EPISODE = ("n_way", "n_query", "num_episodes")  # what decides random episodes, beside k
 
 

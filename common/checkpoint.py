@@ -22,6 +22,7 @@ MODEL_NAMES = {
     "maml": "MAML",
     "protomaml": "ProtoMAML",
 }
+ADAPTING = ("maml", "protomaml")  # the other models classify by nearest prototype
 
 
 def save_checkpoint(path, contents):
@@ -212,7 +213,7 @@ def _check_contents(contents, path):
         wrong.append("class_split")
     if not wrong and min(contents["std"]) <= 0:
         wrong.append("std")
-    if not wrong and contents["model"] in ("protomaml", "maml"):
+    if not wrong and contents["model"] in ADAPTING:
         config = contents["config"]
         wrong += [
             name for name in ("lr_inner", "lr_output") if not _usable_numbers(config.get(name))
