@@ -25,17 +25,18 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
+from common.augment import Views
 from common.checkpoint import ADAPTING, MODEL_NAMES, content_digest, encoder_of, load_checkpoint
 from common.config import UserError, require, require_one_of
 from common.data import load_dataset, normalize
 from common.device import pick_device
-from common.encoder import encode_in_batches
 from common.figures import plot_accuracy_over_k, plot_confusion, plot_episode, plot_examples
 from common.files import sha256, write_text
 from common.inner_loop import InnerLoop
 from common.kshot import (
     accuracies,
     adapted_counts,
+    mean_features,
     nearest_prototype_counts,
     random_episodes,
     summarize,
@@ -71,7 +72,7 @@ class Config:
     protocol: str = "tutorial"  # tutorial: all classes at once; episodes: random ones, as in papers
     classes: str = "test"  # held-out classes: test for the final table, val to choose settings on
     k_shots: tuple[int, ...] = (2, 4, 8, 16, 32)  # support images per class, one test for each
-    mirror: bool = False  # average features or logits over each image and its horizontal flip
+    views: int = 1  # of each image, averaged over; 2: with its horizontal flip, more: random crops
     # random episodes, with --protocol=episodes
     n_way: int = 5  # classes per episode
     n_query: int = 15  # queries per class and episode
@@ -93,7 +94,7 @@ class Config:
         inner_loop = ("num_inner_steps", "lr_inner", "lr_output")
         on_domains = tuple(f"domain_{name}" for name in inner_loop)
         require(self, "k_shots", "num_inner_steps", "domain_num_inner_steps", least=1)
-        require(self, "n_query", "num_episodes", least=1)
+        require(self, "n_query", "num_episodes", "views", least=1)
         require(self, "n_way", least=2)
         require(self, "max_support_sets", least=0)
         require(self, *inner_loop[1:], *on_domains[1:], above=0)
@@ -326,11 +327,11 @@ def kept_results(cfg, model, path, checkpoint, image_set, classes):
 
 
 def test_settings(cfg, model, checkpoint, position, unseen_domain):
-    """Return what else decides a result: episodes, mirror images, and the inner loop at this k."""
+    """Return what else decides a result: episodes, views, and the inner loop at this k."""
     episodes = cfg.protocol == "episodes"
     other = {name: getattr(cfg, name) for name in ("protocol", *EPISODE)} if episodes else {}
-    if cfg.mirror and model != "pixels":
-        other["mirror"] = True
+    if cfg.views > 1 and model != "pixels":
+        other["views"] = cfg.views
     if model not in ADAPTING:
         return other
     trained = checkpoint["config"]
@@ -352,22 +353,13 @@ def prepare_test(cfg, model, path, checkpoint, image_set, device):
     image_set = image_set.to(device)
     labels, n_way = image_set.labels, way_of(cfg, image_set)
     images = normalize(image_set.images, checkpoint["mean"], checkpoint["std"])  # [N, 3, H, W]
-    encoder = encoder_of(checkpoint, path).to(device)
+    encoder, views = encoder_of(checkpoint, path).to(device), Views(images, cfg.views)
     in_graph = cfg.cuda_graphs and device.type == "cuda"
 
     def after_adaptation(tasks, k_shot, settings, progress):
         inner_loop = InnerLoop(**{f.name: settings[f.name] for f in dataclasses.fields(InnerLoop)})
         return adapted_counts(
-            encoder,
-            images,
-            labels,
-            tasks,
-            n_way,
-            k_shot,
-            inner_loop,
-            progress,
-            cfg.mirror,
-            in_graph,
+            encoder, views, labels, tasks, n_way, k_shot, inner_loop, progress, in_graph
         )
 
     def by_nearest_prototype(tasks, k_shot, settings, progress):
@@ -375,9 +367,7 @@ def prepare_test(cfg, model, path, checkpoint, image_set, device):
 
     if model in ADAPTING:
         return after_adaptation
-    # Features, [N, D].
-    is_raw = model == "pixels"
-    features = images.flatten(1) if is_raw else encode_in_batches(encoder, images, cfg.mirror)
+    features = images.flatten(1) if model == "pixels" else mean_features(encoder, views)  # [N, D]
     return by_nearest_prototype
 
 
@@ -483,7 +473,8 @@ def draw_figures(cfg, data, split, image_sets, rows):
         models = [model for model in (*MODEL_NAMES, "pixels") if model in tested]
         held_out = image_set is image_sets[0]
         part = {"test": "Test", "val": "Validation"}[cfg.classes] if held_out else "All"
-        title = f"{part} classes of {image_set.name}" + (", mirrored" if cfg.mirror else "")
+        title = f"{part} classes of {image_set.name}"
+        title += f", {cfg.views} views" if cfg.views > 1 else ""
         in_episodes = cfg.protocol == "episodes"
         if len(cfg.k_shots) > 1 or not in_episodes:
             plot_accuracy_over_k(of_set, models, title, where(f"models_{image_set.name}"))

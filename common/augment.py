@@ -1,4 +1,4 @@
-"""The training augmentation, for a whole batch on its device.
+"""The training augmentation, for a whole batch on its device; the views of an image in a test.
 
 It does what torchvision's RandomHorizontalFlip, RandomResizedCrop(size, scale=(least_scale, 1),
 ratio=(0.9, 1.1)) and, if wanted, ColorJitter (brightness, contrast, saturation, in this order) do
@@ -16,6 +16,7 @@ from common.parallel import share
 LEAST_SCALE = 0.8  # area of the smallest crop, as a share of the image; the largest is all of it
 RATIO = (0.9, 1.1)  # width of the crop over its height
 ATTEMPTS = 10  # crops drawn until one fits into the image, as in torchvision
+LEAST_VIEW = 0.7  # area of the smallest crop among the views of a test
 
 
 class EpochBatches:
@@ -48,6 +49,33 @@ class EpochBatches:
         return tuple(numbers[step] for numbers in self.drawn)
 
 
+class Views:
+    """Several views of each image, whose mean a test takes (Bendou et al. 2022, "EASY").
+
+    The first is the image itself, the second its horizontal flip; then follow random crops of the
+    one and the other in turn, down to LEAST_VIEW of the area. images [N, 3, H, W], count: views of
+    each. Every call with the same numbers draws the same crops.
+    """
+
+    def __init__(self, images, count=1):
+        self.images, self.count = images, count
+        if count > 1:
+            size, generator = images.shape[2:], torch.Generator().manual_seed(0)
+            boxes, _ = draw_augmentation(len(images) * count, *size, generator, LEAST_VIEW)
+            boxes = boxes.view(-1, count, 4)
+            boxes[:, :2] = torch.tensor([0, 0, *size])
+            self.boxes = boxes.to(images.device)
+            self.flips = (torch.arange(count) % 2 == 1).to(images.device)
+
+    def of(self, indices):
+        """Return all views of the images of int64 [B], as [B * count, 3, H, W], image by image."""
+        images = self.images[indices]
+        if self.count == 1:
+            return images
+        boxes, flips = self.boxes[indices].flatten(0, 1), self.flips.repeat(len(images))
+        return augment(images.repeat_interleave(self.count, dim=0), boxes, flips)
+
+
 def draw_augmentation(count, height, width, generator, least_scale=LEAST_SCALE):
     """Draw crop boxes and flips for `count` images of `height` x `width` pixels.
 
@@ -75,16 +103,18 @@ def augment(images, boxes, flips, factors=None):
     """Flip images horizontally, crop, resize to full size, change the colours.
 
     images [B, 3, H, W] with values in 0..255, boxes int64 [B, 4], flips bool [B], factors [B, 3] or
-    None (colours stay); returns float32 [B, 3, H, W] in 0..255. The interpolation is bilinear and,
-    as in torchvision, sees nothing outside the crop.
+    None (colours stay, and the values may lie in any range); returns floating-point [B, 3, H, W] in
+    the same range. The interpolation is bilinear and, as in torchvision, sees nothing outside the
+    crop.
     """
+    images = images if images.is_floating_point() else images.float()
     height, width = images.shape[2:]
-    rows = _interpolation(boxes[:, 0], boxes[:, 2], height)  # [B, H, H]
-    columns = _interpolation(boxes[:, 1], boxes[:, 3], width)  # [B, W, W]
+    rows = _interpolation(boxes[:, 0], boxes[:, 2], height).to(images.dtype)  # [B, H, H]
+    columns = _interpolation(boxes[:, 1], boxes[:, 3], width).to(images.dtype)  # [B, W, W]
     # The crop is taken from the flipped image, whose column w is column W-1-w of the original.
     columns = torch.where(flips[:, None, None], columns.flip(2), columns)
     # Bilinear interpolation is linear in each direction: two matrix products for the whole batch.
-    augmented = rows[:, None] @ images.float() @ columns[:, None].transpose(2, 3)
+    augmented = rows[:, None] @ images @ columns[:, None].transpose(2, 3)
     augmented = augmented.contiguous(memory_format=torch.channels_last)
     return augmented if factors is None else jitter_colors(augmented, factors)
 

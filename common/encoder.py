@@ -131,21 +131,6 @@ def with_principal_features(encoder, images):
 
 
 @torch.no_grad()
-def encode_in_batches(encoder, images, mirror=False):
-    """Return the features [N, D] of images [N, 3, H, W] (normalised), in the encoder's mode.
-
-    mirror: the mean of the features of an image and of its mirror image.
-    """
-    features = []
-    for batch in images.split(250):
-        if mirror:
-            batch = with_mirror_images(batch)
-            features.append(encoder(batch).unflatten(0, (-1, 2)).mean(dim=1))
-        else:
-            features.append(encoder(batch))
-    return torch.cat(features)
-
-
-def with_mirror_images(images):
-    """Return images [N, 3, H, W] as [2 N, 3, H, W], each followed by its mirror image."""
-    return torch.stack([images, images.flip(-1)], dim=1).flatten(0, 1)
+def encode_in_batches(encoder, images):
+    """Return the features [N, D] of images [N, 3, H, W] (normalised), in the encoder's mode."""
+    return torch.cat([encoder(batch) for batch in images.split(250)])

@@ -19,7 +19,6 @@ from scipy import stats
 
 from common.config import UserError
 from common.cuda_graph import CudaGraphStep
-from common.encoder import with_mirror_images
 from common.inner_loop import adapt, inner_step
 from common.parallel import Workers, gather, share
 from common.prototypes import make_prototypes, prototype_head
@@ -86,6 +85,15 @@ def random_episodes(labels, n_way, k_shot, n_query, count, class_names):
     return torch.cat([support.flatten(1), query.flatten(1)], dim=1)
 
 
+@torch.no_grad()
+def mean_features(encoder, views):
+    """Return the features [N, D] of images, each the mean over its Views, in the encoder's mode."""
+    indices = torch.arange(len(views.images), device=views.images.device)
+    batches = indices.split(max(1, 250 // views.count))
+    features = [encoder(views.of(batch)).unflatten(0, (-1, views.count)) for batch in batches]
+    return torch.cat([batch.mean(dim=1) for batch in features])
+
+
 def nearest_prototype_counts(features, labels, tasks, n_way, k_shot, progress=iter):
     """Return how each task's queries are classified by nearest prototype.
 
@@ -106,49 +114,36 @@ def nearest_prototype_counts(features, labels, tasks, n_way, k_shot, progress=it
 
 
 def adapted_counts(
-    encoder,
-    images,
-    labels,
-    tasks,
-    n_way,
-    k_shot,
-    inner_loop,
-    progress=iter,
-    mirror=False,
-    in_graph=False,
+    encoder, views, labels, tasks, n_way, k_shot, inner_loop, progress=iter, in_graph=False
 ):
     """Return how each task's queries are classified after adaptation to its support set.
 
     Each support set adapts a copy of the encoder, which classifies the queries in eval mode.
     Several support sets are adapted side by side, and several processes share them.
 
-    images [N, 3, H, W], normalised, and their labels int64 [N]; tasks int64 [S, n_way * k_shot] or,
-    with queries, [S, n_way * (k_shot + Q)]. inner_loop: the InnerLoop. progress wraps this
-    process's tasks, to show how far it is. mirror: the support set includes its mirror images, and
-    the logits of a query are the mean of its own and its mirror image's. in_graph: run the inner
-    steps as a CUDA graph.
+    views: the Views of N images, normalised; all views of a support image are in the support set,
+    and the logits of a query are the mean over its views. labels int64 [N]; tasks int64 [S, n_way *
+    k_shot] or, with queries, [S, n_way * (k_shot + Q)]. inner_loop: the InnerLoop. progress wraps
+    this process's tasks, to show how far it is. in_graph: run the inner steps as a CUDA graph.
     Returns float64 [S, n_way, n_way]: queries of each true class, by predicted class.
     Raises UserError where an adaptation diverges.
     """
-    workers = Workers(images.device, len(tasks), encoder)
-    views = 2 if mirror else 1  # of each image
-    batch_size = 500 if images.device.type == "cpu" else 2000
-    own_tasks = tasks[share()].to(images.device)
-    y_spt = episode_labels(n_way, k_shot * views, images.device)
-
-    def view(batch):
-        return with_mirror_images(batch) if mirror else batch
+    device = views.images.device
+    workers = Workers(device, len(tasks), encoder)
+    batch_size = max(1, (500 if device.type == "cpu" else 2000) // views.count)
+    own_tasks = tasks[share()].to(device)
+    y_spt = episode_labels(n_way, k_shot * views.count, device)
 
     def support_images(task):
-        return view(images[task[: n_way * k_shot]])
+        return views.of(task[: n_way * k_shot])
 
     def classify(task, local, weight, bias):
         _, queries, y_qry = _split_task(task, labels, n_way, k_shot)
         local.eval()
         with torch.no_grad():
-            batches = (view(batch) for batch in images[queries].split(batch_size))
+            batches = (views.of(batch) for batch in queries.split(batch_size))
             logits = torch.cat([F.linear(local(batch), weight, bias) for batch in batches])
-            logits = logits.unflatten(0, (-1, views)).mean(dim=1)  # [N, n_way]
+            logits = logits.unflatten(0, (-1, views.count)).mean(dim=1)  # [Q, n_way]
         if not logits.isfinite().all():
             raise UserError(
                 f"the adaptation to a support set of {n_way * k_shot} images diverged; pass a "
@@ -233,7 +228,8 @@ def _split_task(task, labels, n_way, k_shot):
     support, queries = task[: n_way * k_shot], task[n_way * k_shot :]
     if len(queries):
         return support, queries, episode_labels(n_way, len(queries) // n_way, task.device)
-    return support, slice(None), labels.index_fill(0, support, -1)
+    everything = torch.arange(len(labels), device=labels.device)
+    return support, everything, labels.index_fill(0, support, -1)
 
 
 def _count(logits, y_qry):

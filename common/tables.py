@@ -101,9 +101,10 @@ def _note(rows):
 def _cells(rows):
     yield EPISODE_HEADINGS if _of_episodes(rows) else KSHOT_HEADINGS
     for row in rows:
-        mirrored = ", mirrored" if row["settings"].get("mirror") else ""
+        views = row["settings"].get("views", 1)
+        suffix = f", {views} views" if views > 1 else ""
         yield (
-            MODEL_NAMES.get(row["model"], "Pixels") + mirrored,
+            MODEL_NAMES.get(row["model"], "Pixels") + suffix,
             row["dataset"] + (" (val)" if row["classes"] == "val" else ""),
             str(row["k_shot"]),
             _percent(row["accuracy"]),

@@ -6,7 +6,9 @@ import torchvision.transforms.functional as TF
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
 from common.augment import (
+    LEAST_VIEW,
     EpochBatches,
+    Views,
     augment,
     draw_augmentation,
     draw_jitter,
@@ -204,3 +206,27 @@ def test_without_jitter_an_epoch_draws_the_same_but_gives_out_no_factors():
     assert torch.equal(state, other_state)
     for found, (*expected, _) in zip(plain, jittered, strict=True):
         assert all(map(torch.equal, found, expected)) and len(found) == len(expected)
+
+
+def test_the_views_are_the_image_its_flip_and_then_crops_of_both_in_turn():
+    images = torch.rand(5, 3, 32, 40, dtype=torch.float64)
+    views, indices = Views(images, 6), torch.tensor([3, 0])
+    found = views.of(indices).unflatten(0, (2, 6))
+    assert torch.equal(found[:, 0], images[indices])
+    assert torch.equal(found[:, 1], images[indices].flip(3))
+    assert torch.equal(views.flips, torch.tensor([False, True] * 3))
+    for row, image in enumerate(images[indices]):
+        for view in range(2, 6):
+            top, left, height, width = views.boxes[indices[row], view].tolist()
+            assert (height + 0.5) * (width + 0.5) >= LEAST_VIEW * 32 * 40
+            source = image.flip(2) if view % 2 else image
+            crop = TF.resized_crop(source, top, left, height, width, (32, 40), antialias=False)
+            torch.testing.assert_close(found[row, view], crop, rtol=1e-5, atol=1e-5)
+    assert len(views.boxes[:, 2:].flatten(0, 1).unique(dim=0)) > 10  # each crop is another
+
+
+def test_the_views_are_the_same_each_time_and_of_one_view_just_the_images():
+    images = torch.rand(4, 3, 32, 32)
+    everything = torch.arange(4)
+    assert torch.equal(Views(images, 5).of(everything), Views(images, 5).of(everything))
+    assert torch.equal(Views(images).of(everything), images)

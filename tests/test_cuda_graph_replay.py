@@ -10,6 +10,7 @@ import train_classifier
 import train_protomaml
 import train_protonet
 from common import cuda_graph, kshot
+from common.augment import Views
 from common.checkpoint import load_checkpoint
 from common.config import parse_config
 from common.encoder import Encoder
@@ -144,7 +145,9 @@ def test_replayed_inner_steps_of_a_test_give_the_same_logits(output_init, batchn
 
         with monkeypatch.context() as patched:
             patched.setattr(kshot, "_count", watch)
-            kshot.adapted_counts(encoder, images, labels, sets, 3, 2, inner_loop, in_graph=True)
+            kshot.adapted_counts(
+                encoder, Views(images), labels, sets, 3, 2, inner_loop, in_graph=True
+            )
         models[step] = seen
     assert TapedStep.replays == 4 * 7 - cuda_graph.WARM_UP - 1
     for first, second in zip(*models.values(), strict=True):

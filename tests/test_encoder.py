@@ -13,7 +13,6 @@ from common.encoder import (
     conv1x1,
     conv3x3,
     encode_in_batches,
-    with_mirror_images,
     with_principal_features,
 )
 
@@ -102,25 +101,6 @@ def test_encoding_in_batches_equals_encoding_at_once(count):
     features = encode_in_batches(encoder, images)
     assert not features.requires_grad
     torch.testing.assert_close(features, encoder(images).detach(), rtol=1e-10, atol=1e-10)
-
-
-@torch.no_grad()
-def test_mirrored_features_are_the_mean_of_both_views_and_the_same_for_both():
-    encoder = Encoder(**SMALL).eval().double()
-    images = torch.randn(253, 3, 32, 40, dtype=torch.float64)
-    found = encode_in_batches(encoder, images, mirror=True)
-    torch.testing.assert_close(found, (encoder(images) + encoder(images.flip(3))) / 2)
-    torch.testing.assert_close(encode_in_batches(encoder, images.flip(3), mirror=True), found)
-
-
-def test_each_image_is_followed_by_its_mirror_image():
-    images = torch.arange(12).view(2, 1, 2, 3)
-    assert with_mirror_images(images)[:, 0].tolist() == [
-        [[0, 1, 2], [3, 4, 5]],
-        [[2, 1, 0], [5, 4, 3]],
-        [[6, 7, 8], [9, 10, 11]],
-        [[8, 7, 6], [11, 10, 9]],
-    ]
 
 
 @torch.no_grad()

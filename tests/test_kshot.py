@@ -10,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from common.augment import Views
 from common.config import UserError
 from common.encoder import Encoder
 from common.inner_loop import OUTPUT_INITS, InnerLoop
 from common.kshot import (
     accuracies,
     adapted_counts,
+    mean_features,
     nearest_prototype_counts,
     random_episodes,
     spread_evenly,
@@ -31,10 +33,12 @@ def nearest_prototype_accuracies(features, labels, sets, n_way, *progress):
     return accuracies(nearest_prototype_counts(features, labels, sets, n_way, k_shot, *progress))
 
 
-def adapted_accuracies(encoder, images, labels, sets, n_way, loop, *progress, **options):
+def adapted_accuracies(encoder, images, labels, sets, n_way, loop, *progress, views=1, **options):
     k_shot = sets.shape[1] // n_way
     return accuracies(
-        adapted_counts(encoder, images, labels, sets, n_way, k_shot, loop, *progress, **options)
+        adapted_counts(
+            encoder, Views(images, views), labels, sets, n_way, k_shot, loop, *progress, **options
+        )
     )
 
 
@@ -148,10 +152,10 @@ def images_of(labels, seed=0):
 INNER_LOOP = InnerLoop(num_inner_steps=3, lr_inner=0.05, lr_output=0.02)
 
 
-def adapted_by_hand(encoder, images, labels, rows, n_way, output_init, mirror):
+def adapted_by_hand(encoder, images, labels, rows, n_way, output_init, views):
     """The model after 3 steps on one support set, by a loop over torch's SGD."""
     x_spt, y_spt = images[rows], labels[rows]
-    if mirror:
+    if views == 2:
         x_spt, y_spt = torch.cat([x_spt, x_spt.flip(3)]), torch.cat([y_spt, y_spt])
     model = deepcopy(encoder).train()
     head = torch.nn.Linear(8, n_way).double()
@@ -170,27 +174,36 @@ def adapted_by_hand(encoder, images, labels, rows, n_way, output_init, mirror):
     return torch.nn.Sequential(model, head).eval()
 
 
-@pytest.mark.parametrize("mirror", [True, False])
+@torch.no_grad()
+@pytest.mark.parametrize("count, views", [(253, 1), (253, 2), (40, 7)])
+def test_a_feature_is_the_mean_over_the_views_of_its_image(count, views):
+    encoder, images = small_encoder(), Views(torch.randn(count, 3, 32, 40).double(), views)
+    seen = images.of(torch.arange(count)).unflatten(0, (count, views))
+    expected = sum(encoder(seen[:, view]) for view in range(views)) / views
+    torch.testing.assert_close(mean_features(encoder, images), expected)
+
+
+@pytest.mark.parametrize("views", [1, 2])
 @pytest.mark.parametrize("in_graph", [True, False])  # True: a GPU's code path, nothing recorded
 @pytest.mark.parametrize("output_init", OUTPUT_INITS)
 @pytest.mark.parametrize("sizes, k_shot", [([7, 7, 7], 3), ([4, 6, 5], 1), ([4, 6, 5], 2)])
 def test_adapted_accuracies_equal_adaptation_by_hand_of_one_set_after_another(
-    sizes, k_shot, output_init, in_graph, mirror
+    sizes, k_shot, output_init, in_graph, views
 ):
     labels, encoder, n_way = labels_of(sizes), small_encoder(), len(sizes)
     images, sets = images_of(labels), support_sets(labels, k_shot, NAMES[:n_way])
     loop = InnerLoop(3, INNER_LOOP.lr_inner, INNER_LOOP.lr_output, output_init)
     found = adapted_accuracies(
-        encoder, images, labels, sets, n_way, loop, mirror=mirror, in_graph=in_graph
+        encoder, images, labels, sets, n_way, loop, views=views, in_graph=in_graph
     )
 
     expected = []
     for chunk in chunks_by_hand(labels, k_shot):
         rows = [row for of_class in chunk for row in of_class]
-        model = adapted_by_hand(encoder, images, labels, rows, n_way, output_init, mirror)
-        views = [images, images.flip(3)] if mirror else [images]
+        model = adapted_by_hand(encoder, images, labels, rows, n_way, output_init, views)
+        seen = [images, images.flip(3)] if views == 2 else [images]
         right = [
-            int(sum(model(view[row : row + 1]) for view in views).argmax() == labels[row])
+            int(sum(model(view[row : row + 1]) for view in seen).argmax() == labels[row])
             for row in range(len(labels))
             if row not in rows
         ]
@@ -226,18 +239,18 @@ def test_a_recorded_graph_gives_the_accuracies_of_plain_steps():
     assert (plain - in_graph).abs().mean() < 0.001
 
 
-@pytest.mark.parametrize("mirror", [True, False])
-def test_the_queries_may_fill_many_batches(mirror):
+@pytest.mark.parametrize("views", [1, 2])
+def test_the_queries_may_fill_many_batches(views):
     labels, encoder = labels_of([260, 261]), small_encoder()
     images, sets = images_of(labels), support_sets(labels, 2, NAMES[:2], max_sets=2)
-    found = adapted_accuracies(encoder, images, labels, sets, 2, INNER_LOOP, mirror=mirror)
+    found = adapted_accuracies(encoder, images, labels, sets, 2, INNER_LOOP, views=views)
     expected = []
     for support in sets:
         rows = support.tolist()
-        model = adapted_by_hand(encoder, images, labels, rows, 2, "prototypes", mirror)
-        views = [images, images.flip(3)] if mirror else [images]
+        model = adapted_by_hand(encoder, images, labels, rows, 2, "prototypes", views)
+        seen = [images, images.flip(3)] if views == 2 else [images]
         with torch.no_grad():
-            logits = [sum(model(view[i : i + 37]) for view in views) for i in range(0, 521, 37)]
+            logits = [sum(model(view[i : i + 37]) for view in seen) for i in range(0, 521, 37)]
         queries = [row for row in range(521) if row not in rows]
         right = (torch.cat(logits).argmax(dim=1) == labels)[queries]
         expected.append(right.double().mean().item())
@@ -251,7 +264,7 @@ def test_the_order_of_the_support_sets_changes_no_result_by_a_bit():
     features = encoder(images).detach()
     for counts in (
         lambda some: nearest_prototype_counts(features, labels, some, 3, 2),
-        lambda some: adapted_counts(encoder, images, labels, some, 3, 2, INNER_LOOP),
+        lambda some: adapted_counts(encoder, Views(images), labels, some, 3, 2, INNER_LOOP),
     ):
         forward = counts(sets)
         assert len(forward) == 4
@@ -404,8 +417,8 @@ def test_accuracies_of_episodes_equal_a_loop_over_episodes_and_images(
 
 @pytest.mark.parametrize("in_graph", [True, False])  # True: a GPU's code path, nothing recorded
 @pytest.mark.parametrize("output_init", OUTPUT_INITS)
-@pytest.mark.parametrize("mirror", [True, False])
-def test_counts_of_adapted_episodes_equal_adaptation_by_hand(mirror, output_init, in_graph):
+@pytest.mark.parametrize("views", [1, 2])
+def test_counts_of_adapted_episodes_equal_adaptation_by_hand(views, output_init, in_graph):
     labels, encoder, n_way, k_shot = labels_of([6, 7, 6, 8]), small_encoder(), 3, 2
     images = images_of(labels)
     with torch.no_grad():
@@ -415,7 +428,7 @@ def test_counts_of_adapted_episodes_equal_adaptation_by_hand(mirror, output_init
     episodes = random_episodes(labels, n_way, k_shot, 4, 3, NAMES[:4])
     loop = InnerLoop(3, INNER_LOOP.lr_inner, INNER_LOOP.lr_output, output_init)
     found = adapted_counts(
-        encoder, images, labels, episodes, n_way, k_shot, loop, mirror=mirror, in_graph=in_graph
+        encoder, Views(images, views), labels, episodes, n_way, k_shot, loop, in_graph=in_graph
     )
 
     expected = torch.zeros(3, n_way, n_way, dtype=torch.float64)
@@ -425,11 +438,11 @@ def test_counts_of_adapted_episodes_equal_adaptation_by_hand(mirror, output_init
         for c, rows in enumerate(support):
             position[rows] = c
         rows = sum(support, [])
-        model = adapted_by_hand(encoder, images, position, rows, n_way, output_init, mirror)
-        views = [images, images.flip(3)] if mirror else [images]
+        model = adapted_by_hand(encoder, images, position, rows, n_way, output_init, views)
+        seen = [images, images.flip(3)] if views == 2 else [images]
         for c, rows in enumerate(query):
             for row in rows:
-                logits = sum(model(view[row : row + 1]) for view in views)
+                logits = sum(model(view[row : row + 1]) for view in seen)
                 expected[number, c, logits.argmax()] += 1
     assert torch.equal(found, expected)
     assert (found.sum(dim=1) > 0).sum() > 5  # of 3 episodes * 3 predicted classes
@@ -471,7 +484,7 @@ def test_the_counts_of_support_sets_equal_those_of_single_images(adapts):
     with torch.no_grad():
         features = encoder(images)
     if adapts:
-        found = adapted_counts(encoder, images, labels, sets, 3, 2, INNER_LOOP)
+        found = adapted_counts(encoder, Views(images), labels, sets, 3, 2, INNER_LOOP)
     else:
         found = nearest_prototype_counts(features, labels, sets, 3, 2)
 

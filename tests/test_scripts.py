@@ -218,7 +218,7 @@ def test_a_second_run_reuses_every_result_and_says_so(tested, evaluate_small, tm
         ("--num_inner_steps=2", 6),
         ("--lr_inner=0.05", 6),
         ("--k_shots=2,3", 5),  # k = 2 of each
-        ("--mirror=true", 2),  # pixels
+        ("--views=2", 2),  # pixels
     ],
 )
 def test_results_of_other_settings_are_not_reused(option, reused, tested, evaluate_small, tmp_path):
@@ -227,11 +227,11 @@ def test_results_of_other_settings_are_not_reused(option, reused, tested, evalua
     if option.startswith("--max"):
         adapted = [row for row in rows_of(folder) if row["model"] in ("maml", "protomaml")]
         assert {row["num_support_sets"] for row in adapted} == {2}
-    if option.startswith("--mirror"):
+    if option.startswith("--views"):
         lines = (folder / "accuracy.md").read_text().splitlines()
         names = {line.strip("| ").split(" | ")[0] for line in lines if " glyphs " in line}
-        mirrored = {f"{name}, mirrored" for name in ("Classifier", "ProtoNet", "ProtoMAML", "MAML")}
-        assert names == {"Pixels", *mirrored}
+        models = {f"{name}, 2 views" for name in ("Classifier", "ProtoNet", "ProtoMAML", "MAML")}
+        assert names == {"Pixels", *models}
 
 
 def test_unseen_domains_may_have_an_inner_loop_of_their_own(tested, evaluate_small, tmp_path):
@@ -370,7 +370,7 @@ def test_episodes_of_one_k_have_no_figure_over_k(trained, evaluate_small, tmp_pa
 
 @pytest.mark.parametrize(
     ("option", "reused"),
-    [("--num_episodes=5", 0), ("--n_query=3", 0), ("--k_shots=1,2", 2), ("--mirror=true", 2)],
+    [("--num_episodes=5", 0), ("--n_query=3", 0), ("--k_shots=1,2", 2), ("--views=2", 2)],
 )
 def test_results_of_other_episodes_are_not_reused(
     option, reused, trained, evaluate_small, tmp_path

@@ -75,10 +75,10 @@ def test_every_number_stands_under_its_heading():
         ("pixels", "Pixels"),
     ],
 )
-def test_models_stand_under_their_names_and_a_test_with_mirror_images_says_so(model, shown):
+def test_models_stand_under_their_names_and_a_test_of_several_views_says_so(model, shown):
     assert only_line(result(model))["model"] == shown
-    assert only_line(result(model, settings={"mirror": False}))["model"] == shown
-    assert only_line(result(model, settings={"mirror": True}))["model"] == f"{shown}, mirrored"
+    assert only_line(result(model, settings={"views": 1}))["model"] == shown
+    assert only_line(result(model, settings={"views": 6}))["model"] == f"{shown}, 6 views"
 
 
 def test_validation_classes_are_marked():
