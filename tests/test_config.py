@@ -221,7 +221,7 @@ def test_without_a_recipe_the_defaults_are_those_of_the_first_recipe():
     found = {script: list(recipes_of(script)) for script in SCRIPTS}
     assert found == {
         "train_classifier": ["plain", "teacher", "best"],
-        "train_protonet": [],
+        "train_protonet": ["tutorial", "best"],
         "train_protomaml": ["tutorial", "best"],
         "evaluate": ["tutorial", "quick", "best"],
         "classify": [],
