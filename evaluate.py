@@ -26,13 +26,21 @@ import torch
 from tqdm import tqdm
 
 from common.augment import Views
-from common.checkpoint import ADAPTING, MODEL_NAMES, content_digest, encoder_of, load_checkpoint
+from common.checkpoint import (
+    ADAPTING,
+    MODEL_NAMES,
+    ROW_NAMES,
+    content_digest,
+    encoder_of,
+    load_checkpoint,
+)
 from common.config import UserError, require, require_one_of
 from common.data import load_dataset, normalize
 from common.device import pick_device
+from common.encoder import PRECISIONS
 from common.figures import plot_accuracy_over_k, plot_confusion, plot_episode, plot_examples
 from common.files import sha256, write_text
-from common.inner_loop import InnerLoop
+from common.inner_loop import FineTuning, InnerLoop
 from common.kshot import (
     accuracies,
     adapted_counts,
@@ -47,11 +55,13 @@ from common.published import published_results
 from common.samplers import FewShotBatchSampler
 from common.script import run_script
 from common.splits import split_classes
-from common.tables import text_table, write_class_table, write_tables
+from common.tables import text_table, variant, write_class_table, write_tables
 
 PROTOCOL = 1  # version of the test: results of another version are not reused
 DEFAULT_DOMAINS = {"cifar100": ("svhn",), "glyphs": ("glyph_digits",)}
 EPISODE = ("n_way", "n_query", "num_episodes")  # what decides random episodes, beside k
+INNER_LOOP = ("num_inner_steps", "lr_inner", "lr_output")  # one number each, or one per k
+FINE_TUNING = ("finetune_steps", "finetune_lr")  # the same
 
 
 @dataclass
@@ -84,21 +94,32 @@ class Config:
     domain_num_inner_steps: tuple[int, ...] = ()  # on unseen domains; empty: num_inner_steps
     domain_lr_inner: tuple[float, ...] = ()  # on unseen domains; empty: as lr_inner
     domain_lr_output: tuple[float, ...] = ()  # on unseen domains; empty: as lr_output
+    # fine-tuning by episodes drawn from the support set
+    finetune: tuple[str, ...] = ()  # models to test once more, fine-tuned on each support set
+    finetune_steps: tuple[int, ...] = (40,)  # one number, or one per k; 0: no fine-tuning
+    finetune_lr: tuple[float, ...] = (1e-3,)  # learning rate of Adam
+    domain_finetune_steps: tuple[int, ...] = ()  # on unseen domains; empty: finetune_steps
+    domain_finetune_lr: tuple[float, ...] = ()  # on unseen domains; empty: finetune_lr
+    # of all that adapts
     max_support_sets: int = 0  # support sets per k, evenly spread; 0: all
     # run
     device: str = "auto"  # auto, cuda, mps or cpu
+    precision: str = "float32"  # of the encoder: float32, or bfloat16, faster on some machines
     cuda_graphs: bool = True  # false: run CUDA steps eagerly, to debug one or to save memory
     results_dir: str = "results"  # where tables and figures go
 
     def __post_init__(self):
-        inner_loop = ("num_inner_steps", "lr_inner", "lr_output")
-        on_domains = tuple(f"domain_{name}" for name in inner_loop)
+        on_domains = tuple(f"domain_{name}" for name in (*INNER_LOOP, *FINE_TUNING))
         require(self, "k_shots", "num_inner_steps", "domain_num_inner_steps", least=1)
+        require(self, "finetune_steps", "domain_finetune_steps", least=0)
         require(self, "n_query", "num_episodes", "views", least=1)
         require(self, "n_way", least=2)
         require(self, "max_support_sets", least=0)
-        require(self, *inner_loop[1:], *on_domains[1:], above=0)
+        rates = [name for name in (*INNER_LOOP, *FINE_TUNING, *on_domains) if "lr" in name]
+        require(self, *rates, above=0)
         require_one_of(self, "classes", ("test", "val"))
+        require_one_of(self, "finetune", tuple(MODEL_NAMES))
+        require_one_of(self, "precision", PRECISIONS)
         require_one_of(self, "protocol", ("tutorial", "episodes"))
         in_vain = ("max_support_sets",) if self.protocol == "episodes" else EPISODE
         for name in in_vain:
@@ -107,14 +128,14 @@ class Config:
                     f"{name} is {value}, which does nothing with --protocol={self.protocol}; pass "
                     f"--{name}={default} or the other protocol"
                 )
-        for name in (*inner_loop, *on_domains):
-            count = len(getattr(self, name))
-            if count not in (1, len(self.k_shots)) and (count or name == "num_inner_steps"):
+        for name in (*INNER_LOOP, *FINE_TUNING, *on_domains):
+            count, needed = len(getattr(self, name)), getattr(Config, name) != ()
+            if count not in (1, len(self.k_shots)) and (count or needed):
                 raise UserError(
                     f"{name} has {count} numbers for {len(self.k_shots)} values of k; pass one "
                     "number, or one for each k"
                 )
-        for name in ("k_shots", "domains"):
+        for name in ("k_shots", "domains", "finetune"):
             values = getattr(self, name)
             if len(set(values)) < len(values) or (name == "k_shots" and not values):
                 found = ",".join(map(str, values)) or "empty"
@@ -177,6 +198,9 @@ def main(cfg):
         classes = cfg.classes if image_set is image_sets[0] else "all"
         for model, (path, checkpoint) in checkpoints.items():
             rows += test_model(cfg, model, path, checkpoint, image_set, classes, device)
+            if model in cfg.finetune:
+                model = f"{model}_finetuned"
+                rows += test_model(cfg, model, path, checkpoint, image_set, classes, device)
         # Nearest class mean on the normalised pixels: what is to be had without learning.
         path, checkpoint = next(iter(checkpoints.values()))
         rows += test_model(cfg, "pixels", path, checkpoint, image_set, classes, device)
@@ -213,6 +237,12 @@ def load_checkpoints(cfg):
         if (trained_on := checkpoint["dataset"]) != cfg.dataset:
             raise UserError(f"{path} was trained on {trained_on}; pass --dataset={trained_on}")
         encoder_of(checkpoint, path)
+    for model in cfg.finetune:
+        if model not in checkpoints:
+            raise UserError(
+                f"finetune names {model}, but no {model} is tested; name its file (--{model}=FILE) "
+                f"or pass --finetune={next(iter(checkpoints))}"
+            )
     return checkpoints
 
 
@@ -262,7 +292,7 @@ def test_model(cfg, model, path, checkpoint, image_set, classes, device):
     if missing:
         counts_of = prepare_test(cfg, model, path, checkpoint, image_set, device)
         title = f"{model} on {image_set.name}"
-        progress = Progress(cfg, title, works if model in ADAPTING else {}, image_set)
+        progress = Progress(cfg, title, works if adapts(model) else {}, image_set)
     for k_shot, (row, kept) in missing.items():
         settings, tasks = works[k_shot]
         counts = counts_of(tasks, k_shot, settings, partial(progress.show, k_shot))
@@ -330,19 +360,24 @@ def test_settings(cfg, model, checkpoint, position, unseen_domain):
     """Return what else decides a result: episodes, views, and the inner loop at this k."""
     episodes = cfg.protocol == "episodes"
     other = {name: getattr(cfg, name) for name in ("protocol", *EPISODE)} if episodes else {}
-    if cfg.views > 1 and model != "pixels":
-        other["views"] = cfg.views
-    if model not in ADAPTING:
-        return other
+    for name in ("views", "precision"):
+        if (value := getattr(cfg, name)) != getattr(Config, name) and model != "pixels":
+            other[name] = value
     trained = checkpoint["config"]
+    if model.endswith("_finetuned"):
+        names, defaults = FINE_TUNING, {}
+    elif model in ADAPTING:
+        names, defaults = INNER_LOOP, trained
+    else:
+        return other
     inner_loop = {}
-    for name in ("num_inner_steps", "lr_inner", "lr_output"):
+    for name in names:
         values = (unseen_domain and getattr(cfg, f"domain_{name}")) or getattr(cfg, name)
-        values = values or (trained[name],)
+        values = values or (defaults[name],)
         inner_loop[name] = values[position] if len(values) > 1 else values[0]
-    inner_loop["output_init"] = trained.get("output_init", "prototypes")
-    inner_loop["batchnorm"] = trained.get("batchnorm", "batch")
-    inner_loop = dataclasses.asdict(InnerLoop(**inner_loop))
+    if names == INNER_LOOP:
+        inner_loop["output_init"] = trained.get("output_init", "prototypes")
+        inner_loop["batchnorm"] = trained.get("batchnorm", "batch")
     if not episodes:
         other["max_support_sets"] = cfg.max_support_sets
     return {**inner_loop, **other}
@@ -352,12 +387,15 @@ def prepare_test(cfg, model, path, checkpoint, image_set, device):
     """Return the function (tasks, k, settings, progress) -> counts of a model on a data set."""
     image_set = image_set.to(device)
     labels, n_way = image_set.labels, way_of(cfg, image_set)
-    images = normalize(image_set.images, checkpoint["mean"], checkpoint["std"])  # [N, 3, H, W]
-    encoder, views = encoder_of(checkpoint, path).to(device), Views(images, cfg.views)
+    encoder = encoder_of(checkpoint, path).to(device)
+    encoder.precision = cfg.precision
+    normalized = partial(normalize, mean=checkpoint["mean"], std=checkpoint["std"])
+    views = Views(image_set.images, cfg.views, normalized)
     in_graph = cfg.cuda_graphs and device.type == "cuda"
 
     def after_adaptation(tasks, k_shot, settings, progress):
-        inner_loop = InnerLoop(**{f.name: settings[f.name] for f in dataclasses.fields(InnerLoop)})
+        kind = FineTuning if "finetune_steps" in settings else InnerLoop
+        inner_loop = kind(**{f.name: settings[f.name] for f in dataclasses.fields(kind)})
         return adapted_counts(
             encoder, views, labels, tasks, n_way, k_shot, inner_loop, progress, in_graph
         )
@@ -365,10 +403,16 @@ def prepare_test(cfg, model, path, checkpoint, image_set, device):
     def by_nearest_prototype(tasks, k_shot, settings, progress):
         return nearest_prototype_counts(features, labels, tasks, n_way, k_shot, progress)
 
-    if model in ADAPTING:
+    if adapts(model):
         return after_adaptation
-    features = images.flatten(1) if model == "pixels" else mean_features(encoder, views)  # [N, D]
+    pixels = model == "pixels"
+    features = normalized(views.images).flatten(1) if pixels else mean_features(encoder, views)
     return by_nearest_prototype
+
+
+def adapts(row):
+    """Return whether the model of a row adapts to each support set."""
+    return row in ADAPTING or row.endswith("_finetuned")
 
 
 def way_of(cfg, image_set):
@@ -390,15 +434,18 @@ class Progress:
             self.shorter = "--num_episodes=N or --num_inner_steps=N"
             queries = cfg.n_way * cfg.n_query
         # In forward passes of an image: three per support image and inner step, one per query.
-        self.costs = {
-            k: 3 * settings["num_inner_steps"] * way_of(cfg, image_set) * k + queries
+        steps = {
+            k: settings.get("num_inner_steps", settings.get("finetune_steps"))
             for k, (settings, _) in works.items()
+        }
+        self.costs = {
+            k: 3 * of_one * way_of(cfg, image_set) * k + queries for k, of_one in steps.items()
         }
         self.total = sum(self.costs[k] * len(tasks) for k, (_, tasks) in works.items())
         if works:
             count = sum(len(tasks) for _, tasks in works.values())
-            steps = sorted({settings["num_inner_steps"] for settings, _ in works.values()})
-            print(f"{title}: {count} adaptations of {', '.join(map(str, steps))} steps", flush=True)
+            steps = ", ".join(map(str, sorted(set(steps.values()))))
+            print(f"{title}: {count} adaptations of {steps} steps", flush=True)
 
     def show(self, k_shot, tasks):
         """Yield this process's tasks with a progress bar.
@@ -470,11 +517,11 @@ def draw_figures(cfg, data, split, image_sets, rows):
     for image_set in image_sets:
         of_set = [row for row in rows if row["dataset"] == image_set.name]
         tested = {row["model"] for row in of_set}
-        models = [model for model in (*MODEL_NAMES, "pixels") if model in tested]
+        models = [model for model in ROW_NAMES if model in tested]
         held_out = image_set is image_sets[0]
         part = {"test": "Test", "val": "Validation"}[cfg.classes] if held_out else "All"
         title = f"{part} classes of {image_set.name}"
-        title += f", {cfg.views} views" if cfg.views > 1 else ""
+        title += variant(vars(cfg))
         in_episodes = cfg.protocol == "episodes"
         if len(cfg.k_shots) > 1 or not in_episodes:
             plot_accuracy_over_k(of_set, models, title, where(f"models_{image_set.name}"))
@@ -483,7 +530,7 @@ def draw_figures(cfg, data, split, image_sets, rows):
             plot_accuracy_over_k(of_set, ["protonet"], f"ProtoNet: {title.lower()}", path)
         for row in rows_by_class(cfg, image_set, rows):
             path = where(f"confusion_{row['model']}_{image_set.name}")
-            heading = f"{MODEL_NAMES[row['model']]}, k = {row['k_shot']}: {title.lower()}"
+            heading = f"{ROW_NAMES[row['model']]}, k = {row['k_shot']}: {title.lower()}"
             plot_confusion(row["confusion"], image_set.class_names, heading, path)
 
 

@@ -26,11 +26,11 @@ import torch.nn.functional as F
 
 from common.augment import EpochBatches, augment
 from common.checkpoint import load_encoder
-from common.config import UserError, require
+from common.config import UserError, require, require_one_of
 from common.cuda_graph import CudaGraphStep
 from common.data import SMALLEST_IMAGE, load_training_data
 from common.device import pick_device
-from common.encoder import Encoder, encode_in_batches, with_principal_features
+from common.encoder import PRECISIONS, Encoder, encode_in_batches, with_principal_features
 from common.optimizer import make_optimizer, one_cycle, set_learning_rate
 from common.parallel import all_reduce, equal_share, gather, process_count, share
 from common.prototypes import accuracy, distance_logits, mean_episode_loss
@@ -71,6 +71,7 @@ class Config:
     # run
     seed: int = 42  # of weights, batches and augmentation; validation episodes are always the same
     device: str = "auto"  # auto, cuda, mps or cpu
+    precision: str = "float32"  # of the encoder: float32, or bfloat16, faster on some machines
     cuda_graphs: bool = True  # false: run CUDA steps eagerly, to debug one or to save memory
     checkpoint_dir: str = "checkpoints"  # checkpoints go to <checkpoint_dir>/<dataset>/
     resume: bool = False  # go on with the unfinished run
@@ -83,6 +84,7 @@ class Config:
         require(self, "weight_decay", "steps_per_epoch", "seed", least=0)
         require(self, "label_smoothing", "distillation_weight", "color_jitter", least=0, most=1)
         require(self, "least_crop", above=0, most=1)
+        require_one_of(self, "precision", PRECISIONS)
         require(self, "lr", "temperature", above=0)
         own = os.path.join(self.checkpoint_dir, self.dataset, "classifier.pt")
         if self.teacher and os.path.abspath(self.teacher) == os.path.abspath(own):
@@ -139,8 +141,11 @@ def main(cfg):
     val_images = data.normalize(data.val.images)
 
     teacher = load_teacher(cfg.teacher, data, device) if cfg.teacher else None
+    if teacher:
+        teacher[0].precision = cfg.precision
     # All features have one learned length; the class prototypes are free.
     encoder = Encoder(cfg.proto_dim, unit_features=True).to(device)
+    encoder.precision = cfg.precision
     class_prototypes = torch.nn.Embedding(len(data.train.class_names), cfg.proto_dim)
     torch.nn.init.normal_(class_prototypes.weight, std=0.1)
     class_prototypes.to(device)

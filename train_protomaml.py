@@ -33,6 +33,7 @@ from common.config import UserError, require, require_one_of
 from common.cuda_graph import CudaGraphStep
 from common.data import SMALLEST_IMAGE, load_training_data
 from common.device import pick_device
+from common.encoder import PRECISIONS
 from common.inner_loop import (
     BATCHNORMS,
     OUTPUT_INITS,
@@ -92,6 +93,7 @@ class Config:
     # run
     seed: int = 42  # of weights, episodes and augmentation; validation episodes are always the same
     device: str = "auto"  # auto, cuda, mps or cpu
+    precision: str = "float32"  # of the encoder: float32, or bfloat16, faster on some machines
     cuda_graphs: bool = True  # false: run CUDA steps eagerly, to debug one or to save memory
     checkpoint_dir: str = "checkpoints"  # checkpoints go to <checkpoint_dir>/<dataset>/
     resume: bool = False  # go on with the unfinished run
@@ -106,6 +108,7 @@ class Config:
         require(self, "epochs", least=1)
         require(self, "val_episodes", "weight_decay", "steps_per_epoch", "seed", least=0)
         require(self, "lr_drops", above=0, most=1)
+        require_one_of(self, "precision", PRECISIONS)
         require(self, "lr", "lr_inner", "lr_output", above=0)
         require_one_of(self, "output_init", OUTPUT_INITS)
         require_one_of(self, "batchnorm", BATCHNORMS)

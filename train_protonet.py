@@ -26,11 +26,11 @@ import torch.nn.functional as F
 
 from common.augment import EpochBatches, augment
 from common.checkpoint import starting_encoder
-from common.config import require
+from common.config import require, require_one_of
 from common.cuda_graph import CudaGraphStep
 from common.data import SMALLEST_IMAGE, load_training_data
 from common.device import pick_device
-from common.encoder import encode_in_batches
+from common.encoder import PRECISIONS, encode_in_batches
 from common.inner_loop import (
     copy_weights,
     follow_statistics,
@@ -74,6 +74,7 @@ class Config:
     # run
     seed: int = 42  # of weights, episodes and augmentation; validation episodes are always the same
     device: str = "auto"  # auto, cuda, mps or cpu
+    precision: str = "float32"  # of the encoder: float32, or bfloat16, faster on some machines
     cuda_graphs: bool = True  # false: run CUDA steps eagerly, to debug one or to save memory
     checkpoint_dir: str = "checkpoints"  # checkpoints go to <checkpoint_dir>/<dataset>/
     resume: bool = False  # go on with the unfinished run
@@ -86,11 +87,10 @@ class Config:
         require(self, "weight_decay", "steps_per_epoch", "seed", least=0)
         require(self, "color_jitter", least=0, most=1)
         require(self, "least_crop", "lr_drops", above=0, most=1)
+        require_one_of(self, "precision", PRECISIONS)
         require(self, "lr", above=0)
 
 
-def solve_episode(cfg, encoder, images):
-    """Return the loss and the accuracy of an episode.
 RECIPES = {
     "tutorial": {},
     # From the trained classifier, a few hundred steps. For CIFAR-100; docs/experiments.md has the
@@ -108,6 +108,8 @@ RECIPES = {
 }
 
 
+def solve_episode(cfg, encoder, images):
+    """Return the loss and the accuracy of an episode.
 
     images [N*(K+Q), 3, H, W], the support set first, class by class.
     """

@@ -54,11 +54,12 @@ class Views:
 
     The first is the image itself, the second its horizontal flip; then follow random crops of the
     one and the other in turn, down to LEAST_VIEW of the area. images [N, 3, H, W], count: views of
-    each. Every call with the same numbers draws the same crops.
+    each; normalize: what is done to a batch of views last. Every call with the same numbers draws
+    the same crops.
     """
 
-    def __init__(self, images, count=1):
-        self.images, self.count = images, count
+    def __init__(self, images, count=1, normalize=lambda images: images):
+        self.images, self.count, self.normalize = images, count, normalize
         if count > 1:
             size, generator = images.shape[2:], torch.Generator().manual_seed(0)
             boxes, _ = draw_augmentation(len(images) * count, *size, generator, LEAST_VIEW)
@@ -70,10 +71,21 @@ class Views:
     def of(self, indices):
         """Return all views of the images of int64 [B], as [B * count, 3, H, W], image by image."""
         images = self.images[indices]
-        if self.count == 1:
-            return images
-        boxes, flips = self.boxes[indices].flatten(0, 1), self.flips.repeat(len(images))
-        return augment(images.repeat_interleave(self.count, dim=0), boxes, flips)
+        if self.count > 1:
+            boxes, flips = self.boxes[indices].flatten(0, 1), self.flips.repeat(len(images))
+            images = augment(images.repeat_interleave(self.count, dim=0), boxes, flips)
+        return self.normalize(images)
+
+    def random(self, indices, generator, least_scale, color_jitter):
+        """Return a random crop, its colours changed, of each image, [B, 3, H, W]; no flips.
+
+        least_scale and color_jitter are those of `draw_augmentation` and `draw_jitter`.
+        """
+        images = self.images[indices]
+        boxes, flips = draw_augmentation(len(images), *images.shape[2:], generator, least_scale)
+        factors = draw_jitter(len(images), color_jitter, generator)
+        drawn = (numbers.to(images.device) for numbers in (boxes, flips & False, factors))
+        return self.normalize(augment(images, *drawn))
 
 
 def draw_augmentation(count, height, width, generator, least_scale=LEAST_SCALE):

@@ -22,6 +22,12 @@ MODEL_NAMES = {
     "maml": "MAML",
     "protomaml": "ProtoMAML",
 }
+# The rows of a test: each model, and the same fine-tuned on every support set.
+ROW_NAMES = {
+    row: title
+    for model, name in MODEL_NAMES.items()
+    for row, title in ((model, name), (f"{model}_finetuned", f"{name}, fine-tuned"))
+} | {"pixels": "Pixels"}
 ADAPTING = ("maml", "protomaml")  # the other models classify by nearest prototype
 
 
@@ -137,9 +143,12 @@ def load_encoder(path, split):
 def starting_encoder(cfg, split):
     """Return the encoder of `cfg.init_from` if that names a file, else a new one.
 
-    A new one has features of `cfg.proto_dim` numbers. Raises UserError as `load_encoder` does.
+    A new one has features of `cfg.proto_dim` numbers; it computes in `cfg.precision`. Raises
+    UserError as `load_encoder` does.
     """
-    return load_encoder(cfg.init_from, split) if cfg.init_from else Encoder(cfg.proto_dim)
+    encoder = load_encoder(cfg.init_from, split) if cfg.init_from else Encoder(cfg.proto_dim)
+    encoder.precision = cfg.precision
+    return encoder
 
 
 def is_finite(encoder):

@@ -126,11 +126,12 @@ def require(cfg, *names, above=-math.inf, least=-math.inf, most=math.inf):
 
 
 def require_one_of(cfg, name, allowed):
-    """Raise UserError unless the named value is one of `allowed`."""
+    """Raise UserError unless the named value, or each in a list, is one of `allowed`."""
     value = getattr(cfg, name)
-    if value not in allowed:
-        hint = _nearest(value, allowed, f"--{name}=")
-        raise UserError(f"{name} is {value!r}, but one of {', '.join(allowed)} is needed{hint}")
+    for word in value if isinstance(value, tuple) else (value,):
+        if word not in allowed:
+            hint = _nearest(word, allowed, f"--{name}=")
+            raise UserError(f"{name} is {word!r}, but one of {', '.join(allowed)} is needed{hint}")
 
 
 class _HelpFormat(argparse.RawDescriptionHelpFormatter):

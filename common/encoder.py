@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.models import DenseNet
 
+PRECISIONS = ("float32", "bfloat16")  # of the encoder's convolutions and their feature maps
 INITIAL_SCALE = 4.0  # length of the feature vectors where it is learned, before training
 
 
@@ -18,7 +19,13 @@ class Encoder(DenseNet):
     unit_features: give every feature vector one learned length s. Between two such vectors a and b,
     -|a - b|^2 is, up to a constant, 2 s^2 times the cosine: the learned temperature of Chen et al.
     2021, "Meta-Baseline", as part of the encoder, so that all that follows stays the same.
+
+    precision: one of PRECISIONS, may be set at any time. In bfloat16 all up to the last pooling is
+    computed with 8 significant bits, which some processors and most GPUs do faster; weights and
+    features stay float32.
     """
+
+    precision = "float32"
 
     def __init__(
         self,
@@ -45,7 +52,17 @@ class Encoder(DenseNet):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images):
-        """Return torchvision's result up to rounding, with less work.
+        """Return the features [B, proto_dim] of images [B, 3, H, W]."""
+        in_bfloat16 = self.precision == "bfloat16"
+        with torch.autocast(images.device.type, torch.bfloat16, in_bfloat16, cache_enabled=False):
+            pooled = self.pooled_maps(images)
+        features = self.classifier(pooled.to(images.dtype))
+        if self.log_scale is not None:
+            features = F.normalize(features) * self.log_scale.exp()
+        return features
+
+    def pooled_maps(self, images):
+        """Return the means [B, C] of the last feature maps: torchvision's, with less work.
 
         Where a pooling and a 1x1 convolution follow each other they commute: the pooling comes
         first, and the convolution sees a quarter of the pixels.
@@ -62,10 +79,7 @@ class Encoder(DenseNet):
                 transition = getattr(net, f"transition{number}")
                 x = transition.pool(batch_norm(transition.norm, x).relu_())
                 x = conv1x1(x, transition.conv.weight)
-        features = self.classifier(batch_norm(net.norm5, x).relu_().mean(dim=(2, 3)))
-        if self.log_scale is not None:
-            features = F.normalize(features) * self.log_scale.exp()
-        return features  # [B, proto_dim]
+        return batch_norm(net.norm5, x).relu_().mean(dim=(2, 3))
 
 
 def batch_norm(layer, x):

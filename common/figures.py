@@ -13,7 +13,7 @@ matplotlib.use("Agg")  # the scripts run where there is no screen
 import matplotlib.pyplot as plt
 import torch
 
-from common.checkpoint import MODEL_NAMES
+from common.checkpoint import ROW_NAMES
 from common.files import atomic_file
 
 plt.rcParams["text.parse_math"] = False  # a class may be called "US$": no formula begins there
@@ -21,12 +21,14 @@ plt.rcParams["svg.hashsalt"] = "few-shot"  # the same numbers give the same byte
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; markers differ as well.
 STYLES = {
-    "classifier": {"color": "#CC79A7", "marker": "D", "label": MODEL_NAMES["classifier"]},
-    "protonet": {"color": "#D55E00", "marker": "o", "label": MODEL_NAMES["protonet"]},
-    "maml": {"color": "#009E73", "marker": "^", "label": MODEL_NAMES["maml"]},
-    "protomaml": {"color": "#0072B2", "marker": "s", "label": MODEL_NAMES["protomaml"]},
-    "pixels": {"color": "#666666", "marker": "x", "label": "Pixels", "linestyle": "--"},
+    "classifier": {"color": "#CC79A7", "marker": "D"},
+    "protonet": {"color": "#D55E00", "marker": "o"},
+    "maml": {"color": "#009E73", "marker": "^"},
+    "protomaml": {"color": "#0072B2", "marker": "s"},
+    "pixels": {"color": "#666666", "marker": "x", "linestyle": "--"},
 }
+# The same model, fine-tuned: the same colour and marker, filled white, and a dash-dotted line.
+FINE_TUNED = {"markerfacecolor": "white", "linestyle": "-."}
 TRAIN, VALIDATION = "#0072B2", "#D55E00"
 UNSURE = "#D55E00"
 
@@ -135,7 +137,8 @@ def plot_accuracy_over_k(rows, models, title, path):
         mean, std, ci95 = (
             [100 * (row[name] or 0) for row in points] for name in ("accuracy", "std", "ci95")
         )
-        style = STYLES[model]
+        base = model.removesuffix("_finetuned")
+        style = {**STYLES[base], **({} if base == model else FINE_TUNED), "label": ROW_NAMES[model]}
         axis.errorbar(k, mean, yerr=ci95, capsize=3, **style)
         low, high = ([m + sign * s for m, s in zip(mean, std)] for sign in (-1, 1))
         axis.fill_between(k, low, high, color=style["color"], alpha=0.15, linewidth=0)

@@ -1,4 +1,4 @@
-"""The inner loop of first-order MAML on a deep copy of the encoder; the hand-over of gradients."""
+"""The inner loops, on a deep copy of the encoder; the hand-over of first-order MAML's gradients."""
 
 import dataclasses
 from copy import deepcopy
@@ -7,9 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from common.prototypes import make_prototypes, prototype_head
+from common.prototypes import distance_logits, make_prototypes, prototype_head
+from common.samplers import episode_labels
 
 OUTPUT_INITS = ("prototypes", "zeros")  # ProtoMAML and MAML
+# Of fine-tuning: images of a class in one half at most, area of the smallest crop as a share of the
+# image, largest random change of brightness, contrast and saturation.
+MOST_IN_HALF, LEAST_SCALE, COLOR_JITTER = 8, 0.6, 0.3
 BATCHNORMS = ("batch", "frozen")  # statistics of the batch at hand, or the encoder's running ones
 
 
@@ -74,6 +78,53 @@ def adapt(encoder, x_spt, y_spt, n_way, inner_loop, local=None, attached=True):
     weight = (weight - init_weight).detach() + init_weight
     bias = (bias - init_bias).detach() + init_bias
     return local, weight, bias
+
+
+@dataclasses.dataclass(frozen=True)
+class FineTuning:
+    """How an encoder is fine-tuned on a support set.
+
+    finetune_steps: steps of Adam; finetune_lr: their learning rate.
+    """
+
+    finetune_steps: int
+    finetune_lr: float
+
+
+def fine_tune(encoder, views, support, n_way, fine_tuning, local=None):
+    """Adapt a copy of the encoder to a support set by ProtoNet episodes drawn from it.
+
+    Each step splits the support images of every class at random into a support and a query half,
+    both randomly cropped and coloured, and follows the gradient of the episode's loss: there is no
+    output layer, which would memorise a few images (Hu et al. 2022, "Pushing the Limits of Simple
+    Pipelines for Few-Shot Learning", fine-tunes on augmented copies; Li et al. 2022, "Cross-domain
+    Few-shot Learning with Task-specific Adapters"). BatchNorm keeps the encoder's statistics. The
+    random numbers come from a constant seed.
+
+    views: the Views of all images; support: indices of images, int64 [n_way * K], class by class.
+    Returns (local, weight [n_way, D], bias [n_way]) as `adapt` does: the output layer equal to the
+    prototypes of the adapted copy, which is in eval mode.
+    """
+    local = deepcopy(encoder) if local is None else copy_weights(encoder, local)
+    local.eval()
+    optimizer = torch.optim.Adam(local.parameters(), fine_tuning.finetune_lr)
+    generator = torch.Generator().manual_seed(0)
+    by_class = support.view(n_way, -1)  # [N, K]
+    half = max(1, min(by_class.shape[1] // 2, MOST_IN_HALF))  # of one image, both halves are that
+    labels = episode_labels(n_way, half, support.device)  # [N * half]
+    for _ in range(fine_tuning.finetune_steps):
+        order = torch.rand(by_class.shape, generator=generator).argsort(dim=1).to(support.device)
+        shuffled = by_class.gather(1, order)
+        episode = torch.cat([shuffled[:, :half].flatten(), shuffled[:, -half:].flatten()])
+        images = views.random(episode, generator, LEAST_SCALE, COLOR_JITTER)
+        support_half, query_half = local(images).chunk(2)  # [N * half, D] each
+        logits = distance_logits(query_half, make_prototypes(support_half, n_way))
+        optimizer.zero_grad()
+        F.cross_entropy(logits, labels).backward()
+        optimizer.step()
+    with torch.no_grad():
+        features = torch.cat([local(views.of(batch)) for batch in support.split(100)])
+        return local, *prototype_head(make_prototypes(features, n_way))
 
 
 def inner_step(local, weight, bias, x_spt, y_spt, inner_loop, first_pass=None):

@@ -19,7 +19,7 @@ from scipy import stats
 
 from common.config import UserError
 from common.cuda_graph import CudaGraphStep
-from common.inner_loop import adapt, inner_step
+from common.inner_loop import FineTuning, adapt, fine_tune, inner_step
 from common.parallel import Workers, gather, share
 from common.prototypes import make_prototypes, prototype_head
 from common.samplers import FewShotBatchSampler, episode_labels
@@ -123,8 +123,9 @@ def adapted_counts(
 
     views: the Views of N images, normalised; all views of a support image are in the support set,
     and the logits of a query are the mean over its views. labels int64 [N]; tasks int64 [S, n_way *
-    k_shot] or, with queries, [S, n_way * (k_shot + Q)]. inner_loop: the InnerLoop. progress wraps
-    this process's tasks, to show how far it is. in_graph: run the inner steps as a CUDA graph.
+    k_shot] or, with queries, [S, n_way * (k_shot + Q)]. inner_loop: the InnerLoop or FineTuning.
+    progress wraps this process's tasks, to show how far it is. in_graph: run the steps of an
+    InnerLoop as a CUDA graph.
     Returns float64 [S, n_way, n_way]: queries of each true class, by predicted class.
     Raises UserError where an adaptation diverges.
     """
@@ -147,17 +148,21 @@ def adapted_counts(
         if not logits.isfinite().all():
             raise UserError(
                 f"the adaptation to a support set of {n_way * k_shot} images diverged; pass a "
-                "smaller --lr_inner or fewer --num_inner_steps"
+                "smaller learning rate or fewer steps"
             )
         return _count(logits, y_qry)
 
     def adapt_and_classify(task, local):
+        if fine_tuned:
+            support = task[: n_way * k_shot]
+            return classify(task, *fine_tune(encoder, views, support, n_way, inner_loop, local))
         x_spt = support_images(task)
         return classify(
             task, *adapt(encoder, x_spt, y_spt, n_way, inner_loop, local, attached=False)
         )
 
-    if in_graph:
+    fine_tuned = isinstance(inner_loop, FineTuning)
+    if in_graph and not fine_tuned:
         models = _adapt_in_graph(
             encoder, own_tasks, support_images, y_spt, n_way, inner_loop, workers
         )

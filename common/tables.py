@@ -6,7 +6,7 @@ import json
 import os
 
 from common import tutorial
-from common.checkpoint import MODEL_NAMES
+from common.checkpoint import ROW_NAMES
 from common.files import write_text
 
 HEADINGS = ("model", "tested on", "k", "accuracy", "95 % interval", "std")
@@ -82,6 +82,14 @@ def write_class_table(rows, class_names, path):
         _write_csv(path, list(lines[0]), lines)
 
 
+def variant(settings):
+    """Return what a row's name says of the settings: ", 6 views, bfloat16", or nothing."""
+    views, precision = settings.get("views", 1), settings.get("precision", "float32")
+    return (f", {views} views" if views > 1 else "") + (
+        f", {precision}" if precision != "float32" else ""
+    )
+
+
 def _write_csv(path, columns, rows):
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
@@ -101,10 +109,8 @@ def _note(rows):
 def _cells(rows):
     yield EPISODE_HEADINGS if _of_episodes(rows) else KSHOT_HEADINGS
     for row in rows:
-        views = row["settings"].get("views", 1)
-        suffix = f", {views} views" if views > 1 else ""
         yield (
-            MODEL_NAMES.get(row["model"], "Pixels") + suffix,
+            ROW_NAMES[row["model"]] + variant(row["settings"]),
             row["dataset"] + (" (val)" if row["classes"] == "val" else ""),
             str(row["k_shot"]),
             _percent(row["accuracy"]),

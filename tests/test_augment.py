@@ -230,3 +230,15 @@ def test_the_views_are_the_same_each_time_and_of_one_view_just_the_images():
     everything = torch.arange(4)
     assert torch.equal(Views(images, 5).of(everything), Views(images, 5).of(everything))
     assert torch.equal(Views(images).of(everything), images)
+
+
+def test_random_views_are_unflipped_crops_with_other_colours_drawn_by_the_generator():
+    images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+    views, indices = Views(images, normalize=lambda pixels: pixels / 255), torch.tensor([2, 2, 0])
+    found = views.random(indices, torch.Generator().manual_seed(3), 0.6, 0.3)
+    generator = torch.Generator().manual_seed(3)
+    boxes, _ = draw_augmentation(3, 32, 32, generator, 0.6)
+    factors = draw_jitter(3, 0.3, generator)
+    expected = augment(images[indices], boxes, torch.zeros(3, dtype=torch.bool), factors) / 255
+    assert torch.equal(found, expected)
+    assert not torch.equal(found[0], found[1])

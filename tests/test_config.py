@@ -377,6 +377,21 @@ OUT_OF_RANGE = [
     ("evaluate", "--lr_inner=0", "lr_inner is 0.0, but a number above 0"),
     ("evaluate", "--domain_lr_inner=0.1,0.2", "domain_lr_inner has 2 numbers for 5 values of k"),
     ("evaluate", "--domain_lr_output=-1", "domain_lr_output is -1.0, but a number above 0"),
+    (
+        "evaluate",
+        "--finetune=protonets",
+        "finetune is 'protonets', but one of.*--finetune=protonet",
+    ),
+    ("evaluate", "--finetune=maml,maml", "finetune is maml,maml; name each value once"),
+    ("evaluate", "--finetune_lr=", "finetune_lr has 0 numbers for 5 values of k"),
+    ("evaluate", "--finetune_steps=1,2", "finetune_steps has 2 numbers for 5 values of k"),
+    ("evaluate", "--finetune_steps=-1", "finetune_steps is -1, but at least 0"),
+    ("evaluate", "--domain_finetune_lr=0", "domain_finetune_lr is 0.0, but a number above 0"),
+    *(
+        (script, "--precision=float16", "precision is 'float16', but one of float32, bfloat16")
+        for script in ("train_classifier", "train_protonet", "train_protomaml", "evaluate")
+    ),
+    ("evaluate", "--views=0", "views is 0, but at least 1"),
     ("evaluate", "--max_support_sets=-1", "max_support_sets is -1, but at least 0"),
     ("evaluate", "--epochs=3", "unknown option --epochs"),
     ("evaluate", "--protocol=papers", "protocol is 'papers', but one of tutorial, episodes"),

@@ -166,3 +166,33 @@ def test_weights_are_stored_channels_last():
     for name, parameter in Encoder(**SMALL, unit_features=True).named_parameters():
         if parameter.dim() == 4:
             assert parameter.is_contiguous(memory_format=torch.channels_last), name
+
+
+def test_bfloat16_changes_features_little_and_leaves_weights_and_gradients_in_float32():
+    torch.manual_seed(0)
+    encoder = Encoder(unit_features=True).eval()
+    images = torch.randn(6, 3, 32, 32)
+    expected = encoder(images)
+    encoder.precision = "bfloat16"
+    copied = deepcopy(encoder)
+    found = copied(images)
+    assert found.dtype == torch.float32 and not torch.equal(found, expected)
+    # Eight significant bits in some thirty layers.
+    assert (found - expected).norm() < 0.02 * expected.norm()
+    found.sum().backward()
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in copied.parameters())
+    assert not torch.is_autocast_enabled("cpu")
+    encoder.precision = "float32"
+    assert torch.equal(encoder(images), expected)
+
+
+def test_the_running_statistics_of_bfloat16_are_float32_and_nearly_the_same():
+    torch.manual_seed(0)
+    plain = Encoder(**SMALL).train()
+    reduced, images = deepcopy(plain), torch.randn(16, 3, 32, 32)
+    reduced.precision = "bfloat16"
+    for encoder in (plain, reduced):
+        encoder(images)
+    for expected, found in zip(plain.buffers(), reduced.buffers(), strict=True):
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected, rtol=0.03, atol=0.01)

@@ -6,13 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common.augment import Views
 from common.encoder import Encoder
 from common.inner_loop import (
     BATCHNORMS,
     OUTPUT_INITS,
+    FineTuning,
     InnerLoop,
     adapt,
     copy_weights,
+    fine_tune,
     first_order_gradients,
     follow_statistics,
     hand_over_gradients,
@@ -353,3 +356,94 @@ def test_an_inner_loop_takes_its_values_from_the_fields_of_a_config():
         lr, epochs = 1.0, 2  # of the outer loop
 
     assert InnerLoop.of(Config()) == InnerLoop(7, 0.3, 0.4, "zeros", "frozen")
+
+
+class Seen:
+    """Stands in for Views: no crops, no colours; notes the images of each step."""
+
+    def __init__(self, images):
+        self.images, self.episodes = images, []
+
+    def of(self, indices):
+        return self.images[indices]
+
+    def random(self, indices, generator, least_scale, color_jitter):
+        self.episodes.append(indices)
+        return self.images[indices]
+
+
+def fine_tuned_by_hand(encoder, images, episodes, lr):
+    """Adam's formulas and the softmax over distances, on the episodes that were seen."""
+    model = deepcopy(encoder).eval()
+    parameters = list(model.parameters())
+    first, second = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
+    for step, episode in enumerate(episodes, start=1):
+        support, query = model(images[episode]).view(2, N_WAY, -1, DIM)
+        losses = []
+        for c in range(N_WAY):
+            for feature in query[c]:
+                distances = torch.stack(
+                    [(feature - of.mean(dim=0)).square().sum() for of in support]
+                )
+                losses.append(distances[c] + torch.logsumexp(-distances, dim=0))
+        gradients = torch.autograd.grad(sum(losses) / len(losses), parameters)
+        with torch.no_grad():
+            for p, g, m, v in zip(parameters, gradients, first, second):
+                m.copy_(0.9 * m + 0.1 * g)
+                v.copy_(0.999 * v + 0.001 * g**2)
+                p -= lr * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
+    return model
+
+
+@pytest.mark.parametrize("k_shot", [1, 2, 5])
+def test_fine_tuning_equals_adam_on_the_loss_of_its_episodes_by_hand(k_shot):
+    encoder, (images, _) = new_encoder(), new_task()
+    images = torch.cat([images, new_task(seed=2)[1]])[: N_WAY * k_shot]
+    seen, support = Seen(images), torch.arange(N_WAY * k_shot)
+    before = everything(encoder)
+    local, weight, bias = fine_tune(encoder, seen, support, N_WAY, FineTuning(3, 0.01))
+    assert_same_bits(everything(encoder), before)
+    assert not local.training and len(seen.episodes) == 3
+
+    expected = fine_tuned_by_hand(encoder, images, seen.episodes, 0.01)
+    assert not torch.equal(encoder(images), expected(images))
+    torch.testing.assert_close(local.state_dict(), expected.state_dict())
+    prototypes = expected(images).view(N_WAY, k_shot, DIM).mean(dim=1)
+    torch.testing.assert_close(weight, 2 * prototypes.detach())
+    torch.testing.assert_close(bias, -prototypes.detach().square().sum(dim=1))
+
+
+@pytest.mark.parametrize("k_shot, half", [(1, 1), (2, 1), (5, 2), (40, 8)])
+def test_an_episode_of_fine_tuning_has_as_many_other_queries_of_each_class(k_shot, half):
+    support = 100 + torch.arange(N_WAY * k_shot)
+    seen = Seen(torch.randn(200 + N_WAY * k_shot, 3, 32, 32, dtype=torch.float64))
+    fine_tune(new_encoder(), seen, support, N_WAY, FineTuning(6, 0.001))
+    for episode in seen.episodes:
+        support_half, query_half = (episode - 100).view(2, N_WAY, half)
+        for c in range(N_WAY):
+            images = [*support_half[c].tolist(), *query_half[c].tolist()]
+            assert all(image // k_shot == c for image in images)
+            assert len(set(images)) == (2 * half if k_shot > 1 else 1)
+    if k_shot > 1:
+        assert len({tuple(episode.tolist()) for episode in seen.episodes}) > 1
+
+
+def test_fine_tuning_on_a_copy_used_before_gives_the_same_bits():
+    encoder, (images, _) = new_encoder(), new_task()
+    views, support = Views(images), torch.arange(N_WAY * K_SHOT)
+    first = fine_tune(encoder, views, support, N_WAY, FineTuning(2, 0.01))
+    used, _, _ = fine_tune(encoder, views, support.flip(0), N_WAY, FineTuning(2, 0.01))
+    again = fine_tune(encoder, views, support, N_WAY, FineTuning(2, 0.01), used)
+    assert again[0] is used
+    assert_same_bits(first[0].state_dict(), used.state_dict())
+    assert torch.equal(first[1], again[1]) and torch.equal(first[2], again[2])
+
+
+def test_no_steps_leave_the_prototypes_of_the_encoder():
+    encoder, (images, _) = new_encoder().eval(), new_task()
+    _, weight, bias = fine_tune(
+        encoder, Views(images), torch.arange(len(images)), N_WAY, FineTuning(0, 0.01)
+    )
+    prototypes = encoder(images).detach().view(N_WAY, K_SHOT, DIM).mean(dim=1)
+    torch.testing.assert_close(weight, 2 * prototypes)
+    torch.testing.assert_close(bias, -prototypes.square().sum(dim=1))

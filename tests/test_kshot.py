@@ -13,7 +13,7 @@ from scipy import stats
 from common.augment import Views
 from common.config import UserError
 from common.encoder import Encoder
-from common.inner_loop import OUTPUT_INITS, InnerLoop
+from common.inner_loop import OUTPUT_INITS, FineTuning, InnerLoop, fine_tune
 from common.kshot import (
     accuracies,
     adapted_counts,
@@ -257,6 +257,22 @@ def test_the_queries_may_fill_many_batches(views):
     assert found.tolist() == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize("views", [1, 3])
+def test_fine_tuned_accuracies_equal_nearest_prototypes_of_each_fine_tuned_encoder(views):
+    labels, encoder = labels_of([9, 8, 10]), small_encoder()
+    images, sets = Views(images_of(labels), views), support_sets(labels, 2, NAMES[:3])
+    loop, expected = FineTuning(3, 0.01), []
+    found = adapted_counts(encoder, images, labels, sets, 3, 2, loop, in_graph=True)
+    for number, support in enumerate(sets):
+        local, *_ = fine_tune(encoder, images, support, 3, loop)
+        one = sets[number : number + 1]
+        expected.append(nearest_prototype_counts(mean_features(local, images), labels, one, 3, 2))
+    assert torch.equal(found, torch.cat(expected)) and len(found) == 4
+    assert len(accuracies(found).unique()) > 1
+    plain = nearest_prototype_counts(mean_features(encoder, images), labels, sets, 3, 2)
+    assert not torch.equal(found, plain)
+
+
 def test_the_order_of_the_support_sets_changes_no_result_by_a_bit():
     labels, encoder = labels_of([8, 8, 8]), small_encoder().float()
     images, sets = images_of(labels).float(), support_sets(labels, 2, NAMES[:3])
@@ -265,6 +281,9 @@ def test_the_order_of_the_support_sets_changes_no_result_by_a_bit():
     for counts in (
         lambda some: nearest_prototype_counts(features, labels, some, 3, 2),
         lambda some: adapted_counts(encoder, Views(images), labels, some, 3, 2, INNER_LOOP),
+        lambda some: adapted_counts(
+            encoder, Views(images), labels, some, 3, 2, FineTuning(2, 0.01)
+        ),
     ):
         forward = counts(sets)
         assert len(forward) == 4

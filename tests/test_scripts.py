@@ -219,6 +219,7 @@ def test_a_second_run_reuses_every_result_and_says_so(tested, evaluate_small, tm
         ("--lr_inner=0.05", 6),
         ("--k_shots=2,3", 5),  # k = 2 of each
         ("--views=2", 2),  # pixels
+        ("--precision=bfloat16", 2),
     ],
 )
 def test_results_of_other_settings_are_not_reused(option, reused, tested, evaluate_small, tmp_path):
@@ -232,6 +233,35 @@ def test_results_of_other_settings_are_not_reused(option, reused, tested, evalua
         names = {line.strip("| ").split(" | ")[0] for line in lines if " glyphs " in line}
         models = {f"{name}, 2 views" for name in ("Classifier", "ProtoNet", "ProtoMAML", "MAML")}
         assert names == {"Pixels", *models}
+
+
+def test_a_fine_tuned_model_has_rows_and_settings_of_its_own(evaluate_small, trained, tmp_path):
+    folder = tmp_path
+    options = ["--finetune=protonet,maml", "--finetune_steps=2,0", "--domain_finetune_lr=0.01"]
+    options += [only("protonet", trained), only("maml", trained), "--max_support_sets=4"]
+    printed = evaluate_small(folder, *options)
+    assert "ProtoNet, fine-tuned" in printed and "MAML, fine-tuned" in printed
+    rows = {(row["model"], row["dataset"], row["k_shot"]): row for row in rows_of(folder)}
+    for model in ("protonet", "maml"):
+        settings = rows[f"{model}_finetuned", "glyphs", 2]["settings"]
+        assert settings == {"finetune_steps": 2, "finetune_lr": 0.001, "max_support_sets": 4}
+        settings = rows[f"{model}_finetuned", "glyph_digits", 2]["settings"]
+        assert settings == {"finetune_steps": 2, "finetune_lr": 0.01, "max_support_sets": 4}
+        assert (folder / f"confusion_{model}_finetuned_glyphs.png").exists()
+    # Without steps it is the nearest prototype, here over the same support sets.
+    plain, tuned = (rows[name, "glyphs", 5] for name in ("protonet", "protonet_finetuned"))
+    assert tuned["num_support_sets"] == plain["num_support_sets"]
+    assert tuned["accuracy"] == pytest.approx(plain["accuracy"])
+    again = evaluate_small(folder, *options, "--finetune_steps=2,1")
+    assert "protonet_finetuned on glyphs, k = 2: reused" in again
+    assert "protonet_finetuned on glyphs, k = 5: reused" not in again
+
+
+def test_only_a_tested_model_can_be_fine_tuned(trained):
+    path = trained[0] / "glyphs" / "protonet.pt"
+    cfg = evaluate.Config(dataset="glyphs", protonet=str(path), finetune=("maml",))
+    with pytest.raises(UserError, match="finetune names maml, but no maml is tested.*=protonet"):
+        evaluate.load_checkpoints(cfg)
 
 
 def test_unseen_domains_may_have_an_inner_loop_of_their_own(tested, evaluate_small, tmp_path):

@@ -79,6 +79,8 @@ def test_models_stand_under_their_names_and_a_test_of_several_views_says_so(mode
     assert only_line(result(model))["model"] == shown
     assert only_line(result(model, settings={"views": 1}))["model"] == shown
     assert only_line(result(model, settings={"views": 6}))["model"] == f"{shown}, 6 views"
+    settings = {"views": 2, "precision": "bfloat16"}
+    assert only_line(result(model, settings=settings))["model"] == f"{shown}, 2 views, bfloat16"
 
 
 def test_validation_classes_are_marked():
