@@ -10,7 +10,6 @@ it to benchmarks/results/<machine>-scaling.md.
 
 import datetime
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -22,10 +21,9 @@ from dataclasses import dataclass
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
-from speed import machine, markdown_table, show_time, text_table
+from speed import machine, report, show_time
 
 from common.config import UserError, require
-from common.files import write_text
 from common.script import run_script
 
 ROOT = sys.path[0]
@@ -82,12 +80,7 @@ def main(cfg):
         f"in brackets: how many times as fast as with {cfg.processes[0]}",
     ]
     table = ("Time with N processes", ("", *(f"N = {count}" for count in cfg.processes)), rows)
-    print("\n".join([*about, "", text_table(*table)]))
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    path = os.path.join(cfg.results_dir, f"{slug}-scaling.md")
-    bullets = "\n".join(f"- {line}" for line in about)
-    write_text(path, f"# Several processes\n\n{bullets}\n\n{markdown_table(*table)}\n")
-    print(f"\nwrote {path}")
+    report(cfg.results_dir, f"{name}-scaling", "Several processes", about, [table])
 
 
 def seconds_per_step(cfg, count, command, option, sizes):

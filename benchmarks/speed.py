@@ -1,15 +1,19 @@
-"""Measure the project's speed beside the same work done as in a first notebook (tutorial_style.py).
+"""Measure the project's speed beside that of a first notebook and of other few-shot libraries.
 
-    python benchmarks/speed.py                 on an idle machine; half an hour on two CPU cores
-    python benchmarks/speed.py --quick=true    the same lines in small, to see that they run; the
-                                               figures mean little
+    pip install -r benchmarks/requirements.txt    the libraries; one not installed is left out
+    python benchmarks/speed.py                    on an idle machine; 35 minutes on two CPU cores
+    python benchmarks/speed.py --quick=true       the same lines in small, to see that they run; the
+                                                  figures mean little
 
-Prints three tables and writes them to benchmarks/results/<machine>.md: the speed of each part of
-the work, how its cost grows, memory over many training steps. A few lines of the trainers are
-repeated here: scripts are not imported. Needs Linux or macOS.
+The notebook's way is in tutorial_style.py, the libraries' in peers.py. Prints three tables and
+writes them to benchmarks/results/<machine>.md: the speed of each part of the work, how its cost
+grows, memory over many training steps. A few lines of the trainers are repeated here: scripts are
+not imported. Needs Linux or macOS.
 """
 
 import datetime
+import gc
+import itertools
 import os
 import platform
 import re
@@ -20,10 +24,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import peers
 import torch
 import torch.nn.functional as F
 import tutorial_style
@@ -41,6 +47,7 @@ from common.encoder import Encoder, encode_in_batches
 from common.files import write_text
 from common.glyphs import draw_glyphs
 from common.inner_loop import (
+    OUTPUT_INITS,
     InnerLoop,
     adapt,
     first_order_gradients,
@@ -59,7 +66,8 @@ from common.splits import split_classes
 ROOT = sys.path[0]
 N_WAY, K_SHOT, N_QUERY = 5, 4, 4  # of a training task, as in the trainers
 TEST_WAY = 10  # classes of the k-shot test
-LR_INNER = 0.1  # of the encoder's copy and of the output layer, on both sides
+LR_INNER = 0.1  # of the encoder's copy and of the output layer, on all sides
+PROJECT, TUTORIAL = "project", "tutorial's way"  # sides of a line; the others are libraries
 # An encoder for very many steps.
 TINY = {"proto_dim": 16, "growth_rate": 8, "block_config": (1, 1, 1, 1), "num_init_features": 8}
 # Seconds in which the loader's workers fill their queue again, so that they do not disturb the
@@ -95,6 +103,7 @@ class Bench:
 
     def __init__(self, cfg):
         self.cfg, self.device = cfg, pick_device(cfg.device)
+        self.libraries = peers.find_libraries()  # {name: version}
         self.gpu = self.device.type != "cpu"
         self.adapt_steps = cfg.adapt_steps or (200 if self.gpu else 20)
         # Tasks of an outer step, queries of a test, fewest steps of the growing adaptation.
@@ -115,7 +124,6 @@ class Bench:
         test = ImageSet(test.name, test.images[picked], test.labels[picked], test.class_names)
         test = test.to(self.device)
         self.labels, self.images = test.labels, normalize(test.images, self.mean, self.std)
-        self.images_channels_first = self.images.contiguous()
 
     def sampler(self, tasks):
         """Return a new sampler of steps of so many tasks; 0: of episodes."""
@@ -123,13 +131,19 @@ class Bench:
         options = {"include_query": True, "num_query": N_QUERY}
         return make(self.train.labels, N_way=N_WAY, K_shot=K_SHOT, **options)
 
-    def encoders(self):
-        """Return the project's encoder and the tutorial's, with the same weights."""
+    def encoder(self, make=Encoder):
+        """Return a new encoder, in train mode; the project's and the others' start alike."""
         torch.manual_seed(42)
-        project = Encoder().to(self.device)
-        tutorial = tutorial_style.make_encoder().to(self.device)
-        tutorial.load_state_dict(project.state_dict())
-        return project.train(), tutorial.train()
+        return make().to(self.device).train()
+
+    def library_steps(self, makers, *options):
+        """Return {library: training step} of the libraries found; makers: {library: function}."""
+        y = episode_labels(N_WAY, K_SHOT, self.device)
+        return {
+            name: make(self.encoder(tutorial_style.make_encoder), y, *options)
+            for name, make in makers.items()
+            if name in self.libraries
+        }
 
     def support(self, k_shot):
         """Return support sets of the k-shot test, int64 [S, n_way * k], and the labels of one."""
@@ -146,21 +160,27 @@ class Bench:
 
     def wait(self):
         """Wait until the device has done what it was given."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
+        if self.gpu:
+            torch.accelerator.synchronize()
 
     def medians(self, name, *sides):
         """Return the median of what each function returns.
 
         They take turns, so that a slow minute slows all of them.
         """
-        turns = [[side() for side in sides] for _ in range(1 + self.cfg.repeats)]
-        turns = turns[1:]  # the first is to warm up
-        found = [statistics.median(times) for times in zip(*turns)]
+        turns = []
+        for _ in range(1 + self.cfg.repeats):
+            turns.append([])
+            for side in sides:
+                gc.collect()  # no side pays for what another left behind
+                turns[-1].append(side())
+        found = [statistics.median(times) for times in zip(*turns[1:])]  # the first: to warm up
         print(f"measured: {name}: {' / '.join(map(show_time, found))}", file=sys.stderr, flush=True)
         return found
+
+    def line(self, name, sides, passes=0):
+        """Return a line of the first table; sides: {side: function that returns its seconds}."""
+        return name, dict(zip(sides, self.medians(name, *sides.values()))), passes
 
 
 class Episodes:
@@ -185,13 +205,8 @@ def main(cfg):
     gflops, flop = matrix_rate(bench), flop_per_image(bench)
     tables = [speed_table(bench, gflops, flop), growth_table(bench), memory]
     about = about_run(bench, gflops, flop, load)
-    print("\n\n".join(["\n".join(about), *(text_table(*table) for table in tables)]))
-    slug = re.sub(r"[^a-z0-9]+", "-", machine(bench.device).lower()).strip("-")
-    path = os.path.join(cfg.results_dir, f"{slug}{'-quick' if cfg.quick else ''}.md")
-    bullets = "\n".join(f"- {line}" for line in about)
-    parts = ["# Speed", bullets, *(markdown_table(*table) for table in tables)]
-    write_text(path, "\n\n".join(parts) + "\n")
-    print(f"\nwrote {path}")
+    name = machine(bench.device) + ("-quick" if cfg.quick else "")
+    report(cfg.results_dir, name, "Speed", about, tables)
 
 
 def read_images(cfg):
@@ -231,7 +246,7 @@ def matrix_rate(bench):
 def flop_per_image(bench):
     """Return the floating-point operations of the encoder's forward pass, per image."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        bench.encoders()[0](bench.images[:40])
+        bench.encoder()(bench.images[:40])
     return counter.get_total_flops() / 40
 
 
@@ -254,10 +269,10 @@ def protonet_trainer(bench, encoder):
     return tracked(bench, learn_episode, optimizer)
 
 
-def protomaml_trainer(bench, encoder, tasks, num_inner_steps):
+def protomaml_trainer(bench, encoder, tasks, num_inner_steps, output_init="prototypes"):
     """Return the function that does one outer step of train_protomaml.py."""
     optimizer = make_optimizer(encoder.parameters(), 1e-3, 0.01, bench.device)
-    inner_loop = InnerLoop(num_inner_steps, LR_INNER, LR_INNER)
+    inner_loop = InnerLoop(num_inner_steps, LR_INNER, LR_INNER, output_init)
     workers = Workers(bench.device, tasks, encoder)
 
     def learn_task(images, local):
@@ -303,10 +318,10 @@ def project_side(bench, episodes, step, count):
     return drawing + steps / count
 
 
-def tutorial_side(bench, batches, step, count, lead):
-    """Return the tutorial's seconds per step, from `count` steps on the loader's batches.
+def loader_side(bench, batches, step, count, lead):
+    """Return the seconds per step of the tutorial's way or of a library, from `count` steps.
 
-    lead: steps before them that are not measured.
+    Their batches are those of the tutorial's loader. lead: steps before that are not measured.
     """
 
     def run(steps):
@@ -334,75 +349,96 @@ def start_loader(bench, tasks=0):
 
 def speed_table(bench, gflops, flop):
     """Return the first table: (title, headings, rows)."""
-    parts = (protonet_lines, protomaml_lines, test_lines, process_lines)
+    sides = {PROJECT: "", TUTORIAL: "", **bench.libraries}
     rows = []
-    for name, project, tutorial, passes in (line for part in parts for line in part(bench)):
-        times = [cell if isinstance(cell, str) else show_time(cell) for cell in (project, tutorial)]
-        ratio = "-" if isinstance(tutorial, str) else f"{tutorial / project:.2f}"
-        rate = passes * flop / project / 1e9 if passes else None
-        rates = (f"{rate:,.1f}", f"{rate / gflops:.1%}") if passes else ("-", "-")
-        rows.append((name, *times, ratio, *rates))
-    headings = ("", "project", "tutorial's way", "ratio", "GFLOP/s", "of matrix rate")
-    return f"Speed: medians of {bench.cfg.repeats}; GFLOP/s of the project", headings, rows
+    for part in (protonet_lines, maml_lines, test_lines, process_lines):
+        for name, cells, passes in part(bench):
+            rates = ("-", "-")
+            if passes:
+                rate = passes * flop / cells[PROJECT] / 1e9
+                rates = (f"{rate:,.1f}", f"{rate / gflops:.1%}")
+            rows.append((name, *(show_cell(cells, side) for side in sides), *rates))
+    headings = [f"{side} {version}".strip() for side, version in sides.items()]
+    title = (
+        f"Speed: medians of {bench.cfg.repeats}; in brackets: how many times the project's time; "
+        "GFLOP/s of the project"
+    )
+    return title, ("", *headings, "GFLOP/s", "of matrix rate"), rows
 
 
-# The lines of that table: name, seconds of the project, seconds of the tutorial's way, and how many
-# forward passes of one image the project's work amounts to (0: not counted). A text in place of a
-# number stands as it is.
+def show_cell(cells, side):
+    """Return a side's cell as text: seconds, and their ratio to the project's."""
+    cell = cells.get(side, "-")
+    if isinstance(cell, str):
+        return cell
+    return show_time(cell) + ("" if side == PROJECT else f" ({cell / cells[PROJECT]:.2f})")
+
+
+# The lines of that table: name, cells {side: seconds, or a text that stands as it is}, and how many
+# forward passes of one image the project's work amounts to (0: not counted).
 
 
 def protonet_lines(bench):
-    encoder, other = bench.encoders()
-    optimizer = torch.optim.AdamW(other.parameters(), lr=2e-4, weight_decay=0.01)
-    project = partial(project_side, bench, Episodes(bench))
     lead = 2 * bench.cfg.workers + 1  # each worker has two batches ready
-    tutorial = partial(tutorial_side, bench, start_loader(bench), lead=lead)
-    data = bench.medians(
-        "data",
-        partial(project, partial(make_images, bench), bench.batches),
-        partial(tutorial, lambda x, y: None, bench.batches),
-    )
-    yield "data for one ProtoNet step", *data, 0
-    step = bench.medians(
-        "ProtoNet step",
-        partial(project, protonet_trainer(bench, encoder), bench.steps),
-        partial(tutorial, partial(tutorial_style.protonet_step, other, optimizer), bench.steps),
-    )
-    yield "data's share of that step", f"{data[0] / step[0]:.1%}", "-", 0
-    yield "ProtoNet step, 5-way 4-shot 4-query", *step, 3 * N_WAY * (K_SHOT + N_QUERY)
+    project = partial(project_side, bench, Episodes(bench))
+    others = partial(loader_side, bench, start_loader(bench), lead=lead)
+    sides = {
+        PROJECT: partial(project, partial(make_images, bench), bench.batches),
+        TUTORIAL: partial(others, lambda images, labels: None, bench.batches),
+    }
+    data = bench.line("data for one ProtoNet step", sides)
+    yield data
+    encoder = bench.encoder(tutorial_style.make_encoder)
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=2e-4, weight_decay=0.01)
+    steps = {
+        TUTORIAL: partial(tutorial_style.protonet_step, encoder, optimizer),
+        **bench.library_steps(peers.PROTONET, 2e-4),
+    }
+    sides = {PROJECT: partial(project, protonet_trainer(bench, bench.encoder()), bench.steps)}
+    sides |= {side: partial(others, step, bench.steps) for side, step in steps.items()}
+    name = "ProtoNet step, 5-way 4-shot 4-query"
+    line = bench.line(name, sides, 3 * N_WAY * (K_SHOT + N_QUERY))
+    yield "data's share of that step", {PROJECT: f"{data[1][PROJECT] / line[1][PROJECT]:.1%}"}, 0
+    yield line
 
 
-def protomaml_lines(bench):
+def maml_lines(bench):
     batches, tasks, count = start_loader(bench, bench.tasks), bench.tasks, bench.outer_steps
     # On the CPU a step takes longer than its images: the queue is always full, and each step pays
     # for its refill.
     lead = 2 * bench.cfg.workers + 1 if bench.gpu else 0
-    for inner in (1, 5):
-        encoder, other = bench.encoders()
-        optimizer = torch.optim.AdamW(other.parameters(), lr=1e-3, weight_decay=0.01)
-        options = {"num_tasks": tasks, "num_inner_steps": inner, "lr": LR_INNER}
-        step = partial(tutorial_style.protomaml_step, other, optimizer, **options)
-        trainer = protomaml_trainer(bench, encoder, tasks, inner)
-        project = partial(project_side, bench, Episodes(bench, tasks), trainer, count)
-        tutorial = partial(tutorial_side, bench, batches, step, count, lead)
-        name = f"ProtoMAML outer step, {tasks} tasks, inner steps: {inner}"
-        # Support: forward and backward per inner step, the first of which gives the prototypes
-        # too; then backward through these.
-        passes = tasks * N_WAY * (K_SHOT * (3 * inner + 2) + N_QUERY * 3)
-        yield name, *bench.medians(name, project, tutorial), passes
+
+    for inner, output_init in itertools.product((1, 5), OUTPUT_INITS):
+        # Forward and backward: the support set in every inner step, the queries in the outer one.
+        passes = 3 * (K_SHOT * inner + N_QUERY)
+        if output_init == "prototypes":
+            name, encoder = "ProtoMAML", bench.encoder(tutorial_style.make_encoder)
+            optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3, weight_decay=0.01)
+            options = {"num_tasks": tasks, "num_inner_steps": inner, "lr": LR_INNER}
+            step = partial(tutorial_style.protomaml_step, encoder, optimizer, **options)
+            steps = {TUTORIAL: step}
+            passes += 2 * K_SHOT  # backward through the prototypes; forward was an inner step's
+        else:
+            name, steps = "MAML", bench.library_steps(peers.MAML, 1e-3, tasks, inner, LR_INNER)
+        trainer = protomaml_trainer(bench, bench.encoder(), tasks, inner, output_init)
+        sides = {PROJECT: partial(project_side, bench, Episodes(bench, tasks), trainer, count)}
+        for side, step in steps.items():
+            sides[side] = partial(loader_side, bench, batches, step, count, lead)
+        name = f"{name} outer step, {tasks} tasks, inner steps: {inner}"
+        yield bench.line(name, sides, tasks * N_WAY * passes)
         if bench.device.type == "cuda":
-            peaks = [peak_gpu_memory(side, bench.device) for side in (project, tutorial)]
-            yield "peak GPU memory of that", *peaks, 0
+            peaks = {side: peak_gpu_memory(run, bench.device) for side, run in sides.items()}
+            yield "peak GPU memory of that", peaks, 0
 
 
 def test_lines(bench):
-    encoder, other = bench.encoders()
-    steps, ready = bench.adapt_steps, bench.images_channels_first
+    encoder, other = bench.encoder(), bench.encoder(tutorial_style.make_encoder)
+    steps, ready = bench.adapt_steps, bench.images.contiguous()  # channels first
     asked = len(ready) if bench.gpu else len(ready) // 10  # the CPU is asked less
 
     def compare(name, project, tutorial, passes):
-        sides = (partial(bench.seconds, side) for side in (project, tutorial))
-        return name, *bench.medians(name, *sides), passes
+        sides = {PROJECT: partial(bench.seconds, project)}
+        return bench.line(name, sides | {TUTORIAL: partial(bench.seconds, tutorial)}, passes)
 
     for k_shot in (2, 8, 32):
         sets, y_spt = bench.support(k_shot)
@@ -446,13 +482,8 @@ def adaptation(bench, encoder, k_shot, steps):
     """Return the function that adapts once as the project's k-shot test does."""
     indices, y_spt = bench.support(k_shot)
     x_spt, inner_loop = bench.images[indices[0]], InnerLoop(steps, LR_INNER, LR_INNER)
-    local = None
-
-    def run():
-        nonlocal local
-        local, *_ = adapt(encoder, x_spt, y_spt, TEST_WAY, inner_loop, local, attached=False)
-
-    return run
+    local = deepcopy(encoder)
+    return partial(adapt, encoder, x_spt, y_spt, TEST_WAY, inner_loop, local, attached=False)
 
 
 def process_lines(bench):
@@ -463,11 +494,11 @@ def process_lines(bench):
         labels, names = small.labels[rows].numpy(), np.array(small.class_names)
         path = os.path.join(folder, "small.npz")
         np.savez(path, images=images, labels=labels, class_names=names)
-        taken = bench.medians("start-up", partial(start_up, bench, folder))
-        yield "start-up of train_protonet.py to the end of its first step", *taken, "-", 0
+        name = "start-up of train_protonet.py to the end of its first step"
+        yield bench.line(name, {PROJECT: partial(start_up, bench, folder)})
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    yield "peak memory of this process, both sides in it", show_memory(peak), "-", 0
+    yield "peak memory of this process, all sides in it", {PROJECT: show_memory(peak)}, 0
 
 
 def start_up(bench, folder):
@@ -500,11 +531,11 @@ def growth_table(bench):
     unit, few = bench.unit, bench.tasks // 4
 
     def outer(tasks, inner):
-        trainer = protomaml_trainer(bench, bench.encoders()[0], tasks, inner)
+        trainer = protomaml_trainer(bench, bench.encoder(), tasks, inner)
         return partial(project_side, bench, Episodes(bench, tasks), trainer, bench.outer_steps)
 
     def test(k_shot, steps):
-        return partial(bench.seconds, adaptation(bench, bench.encoders()[0], k_shot, steps))
+        return partial(bench.seconds, adaptation(bench, bench.encoder(), k_shot, steps))
 
     series = [
         ("tasks of an outer step, inner steps: 1", (few, 2 * few, 4 * few), lambda n: outer(n, 1)),
@@ -576,13 +607,14 @@ def about_run(bench, gflops, flop, load):
         f"{datetime.date.today()}, {machine(bench.device)}; load before the start {load:.1f}",
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, device {bench.device.type}",
         f"command: python {shlex.join(sys.argv)}{quick}",
-        f"n = {cfg.repeats} measurements per line, the two sides in turn, after one to warm up; "
+        f"n = {cfg.repeats} measurements per line, the sides in turn, after one to warm up; "
         f"{len(bench.train.labels):,} training images of {bench.train.name}",
         f"float32 matrix products: {gflops:,.1f} GFLOP/s{precision}",
         f"encoder: {flop / 1e6:.1f} MFLOP per image forward (counted by PyTorch); training counts "
         "three times that",
         f"the tutorial's way: a DataLoader with {cfg.workers} workers and PIL, which work during "
         "its training steps; its test gets the images ready-made",
+        "the libraries: training steps alone, on the images of that DataLoader",
     ]
 
 
@@ -597,6 +629,16 @@ def machine(device):
     if device.type == "cuda":
         gpu = f", {torch.cuda.get_device_name(device)}"
     return f"{os.cpu_count()}-core {name}{gpu}"
+
+
+def report(folder, name, title, about, tables):
+    """Print lines about a run and its tables (title, headings, rows); write <folder>/<name>.md."""
+    print("\n\n".join(["\n".join(about), *(text_table(*table) for table in tables)]))
+    path = os.path.join(folder, re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".md")
+    bullets = "\n".join(f"- {line}" for line in about)
+    parts = [f"# {title}", bullets, *(markdown_table(*table) for table in tables)]
+    write_text(path, "\n\n".join(parts) + "\n")
+    print(f"\nwrote {path}")
 
 
 def show_time(taken):
