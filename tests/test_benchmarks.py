@@ -1,0 +1,105 @@
+"""What the speed benchmark compares is the same computation, whoever does it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import peers, tutorial_style
+from common.encoder import Encoder
+from common.inner_loop import InnerLoop, adapt, first_order_gradients, hand_over_gradients
+from common.prototypes import distance_logits, episode_loss, make_prototypes
+from common.samplers import episode_labels
+
+N_WAY, K_SHOT, TASKS, INNER_STEPS, LR_INNER = 3, 2, 2, 2, 0.1
+Y = episode_labels(N_WAY, K_SHOT)  # of the support set and of the queries
+IMAGES = torch.randn(TASKS * 2 * len(Y), 3, 32, 32, generator=torch.Generator().manual_seed(1))
+EPISODE = IMAGES[: 2 * len(Y)]
+
+
+@pytest.fixture(autouse=True)
+def single_thread(one_thread):
+    """The encoders are small, and the machine may have other work."""
+
+
+def make(encoder):
+    torch.manual_seed(42)
+    return encoder().double().train()
+
+
+def gradients(module):
+    return [parameter.grad for parameter in module.parameters()]
+
+
+def project_maml(output_init):
+    """Return the project's encoder with the gradients of an outer step in it, and the last loss."""
+    encoder, found = make(Encoder), []
+    inner_loop = InnerLoop(INNER_STEPS, LR_INNER, LR_INNER, output_init)
+    for task in IMAGES.double().chunk(TASKS):
+        x_spt, x_qry = task.chunk(2)
+        local, weight, bias = adapt(encoder, x_spt, Y, N_WAY, inner_loop)
+        loss = F.cross_entropy(F.linear(local(x_qry), weight, bias), Y)
+        found.append(first_order_gradients(loss, encoder, local))
+    hand_over_gradients(encoder, found)
+    return encoder, loss
+
+
+def test_the_tutorials_protonet_step_is_the_projects():
+    project, tutorial = make(Encoder), make(tutorial_style.make_encoder)
+    loss, _ = episode_loss(project(EPISODE.double()), N_WAY, K_SHOT)
+    loss.backward()
+    optimizer = torch.optim.AdamW(tutorial.parameters())
+    other = tutorial_style.protonet_step(tutorial, optimizer, EPISODE.double(), Y.repeat(2))
+    torch.testing.assert_close(other, loss.detach())
+    torch.testing.assert_close(gradients(tutorial), gradients(project))
+
+
+def test_the_tutorials_protomaml_step_is_the_projects():
+    project, _ = project_maml("prototypes")
+    tutorial = make(tutorial_style.make_encoder)
+    optimizer = torch.optim.AdamW(tutorial.parameters())
+    labels = Y.repeat(2 * TASKS)
+    tutorial_style.protomaml_step(
+        tutorial, optimizer, IMAGES.double(), labels, TASKS, INNER_STEPS, LR_INNER
+    )
+    torch.testing.assert_close(gradients(tutorial), gradients(project))
+
+
+def test_learn2learns_protonet_step_is_the_projects():
+    need("learn2learn")
+    project, other = make(Encoder), make(tutorial_style.make_encoder)
+    loss, _ = episode_loss(project(EPISODE.double()), N_WAY, K_SHOT)
+    loss.backward()
+    found = peers.learn2learn_protonet(other, Y, 1e-3)(EPISODE.double(), None)
+    torch.testing.assert_close(found, loss.detach())
+    torch.testing.assert_close(gradients(other), gradients(project))
+
+
+def test_easyfsls_protonet_step_is_the_projects_but_for_two_passes_and_plain_distances():
+    need("easyfsl")
+    project, other = make(Encoder), make(tutorial_style.make_encoder)
+    x_spt, x_qry = EPISODE.double().chunk(2)
+    prototypes = make_prototypes(project(x_spt), N_WAY)
+    squared = -distance_logits(project(x_qry), prototypes)
+    loss = F.cross_entropy(-squared.sqrt(), Y)
+    loss.backward()
+    found = peers.easyfsl_protonet(other, Y, 1e-3)(EPISODE.double(), None)
+    torch.testing.assert_close(found, loss.detach())
+    torch.testing.assert_close(gradients(other), gradients(project))
+
+
+@pytest.mark.parametrize("library", ["higher", "learn2learn"])
+def test_a_librarys_maml_step_gives_the_encoder_the_projects_gradients(library):
+    need(library)
+    project, loss = project_maml("zeros")
+    other = make(tutorial_style.make_encoder)
+    step = peers.MAML[library](other, Y, 1e-3, TASKS, INNER_STEPS, LR_INNER)
+    found = step(IMAGES.double(), None)
+    torch.testing.assert_close(found, loss.detach())
+    # learn2learn's example takes the mean over the tasks, the project the sum.
+    scale = TASKS if library == "learn2learn" else 1
+    scaled = [scale * gradient for gradient in gradients(other)]
+    torch.testing.assert_close(scaled, gradients(project))
+
+
+def need(library):
+    pytest.importorskip(library, exc_type=ImportError)
