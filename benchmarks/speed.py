@@ -38,7 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 # The project's root, before the imports from there.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from common.augment import EpochBatches, augment
+from common.augment import EpochBatches, Views, augment
 from common.config import UserError, require
 from common.cuda_graph import CudaGraphStep
 from common.data import ImageSet, channel_statistics, load_dataset, normalize
@@ -456,7 +456,7 @@ def test_lines(bench):
         places = torch.searchsorted(rows[: sets.numel()], sets)
         inner_loop = InnerLoop(steps, LR_INNER, LR_INNER)
         project = partial(
-            adapted_counts, encoder, images, labels, places, TEST_WAY, k_shot, inner_loop
+            adapted_counts, encoder, Views(images), labels, places, TEST_WAY, k_shot, inner_loop
         )
         tutorial = partial(test_in_turn, other, ready[rows], labels, places, y_spt, steps)
         name = (
