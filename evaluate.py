@@ -15,6 +15,7 @@ four per k.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -96,7 +97,7 @@ class Config:
     domain_lr_output: tuple[float, ...] = ()  # on unseen domains; empty: as lr_output
     # fine-tuning by episodes drawn from the support set
     finetune: tuple[str, ...] = ()  # models to test once more, fine-tuned on each support set
-    finetune_steps: tuple[int, ...] = (40,)  # one number, or one per k; 0: no fine-tuning
+    finetune_steps: tuple[int, ...] = (40,)  # one number, or one per k; 0: nearest prototype
     finetune_lr: tuple[float, ...] = (1e-3,)  # learning rate of Adam
     domain_finetune_steps: tuple[int, ...] = ()  # on unseen domains; empty: finetune_steps
     domain_finetune_lr: tuple[float, ...] = ()  # on unseen domains; empty: finetune_lr
@@ -168,6 +169,11 @@ RECIPES = {
         "domain_num_inner_steps": (20, 20, 200, 200, 200),
         "domain_lr_inner": (0.004, 0.004, 0.02, 0.02, 0.02),
         "domain_lr_output": (0.02,),
+        "finetune": ("protonet",),
+        "finetune_steps": (0, 0, 0, 40, 40),
+        "finetune_lr": (0.0001,),
+        "domain_finetune_steps": (40, 160, 320, 320, 320),
+        "domain_finetune_lr": (0.001, 0.001, 0.002, 0.002, 0.002),
         "max_support_sets": 6,
     },
 }
@@ -292,7 +298,8 @@ def test_model(cfg, model, path, checkpoint, image_set, classes, device):
     if missing:
         counts_of = prepare_test(cfg, model, path, checkpoint, image_set, device)
         title = f"{model} on {image_set.name}"
-        progress = Progress(cfg, title, works if adapts(model) else {}, image_set)
+        adapting = {k: work for k, work in works.items() if adapts(work[0])}
+        progress = Progress(cfg, title, adapting, image_set)
     for k_shot, (row, kept) in missing.items():
         settings, tasks = works[k_shot]
         counts = counts_of(tasks, k_shot, settings, partial(progress.show, k_shot))
@@ -378,7 +385,7 @@ def test_settings(cfg, model, checkpoint, position, unseen_domain):
     if names == INNER_LOOP:
         inner_loop["output_init"] = trained.get("output_init", "prototypes")
         inner_loop["batchnorm"] = trained.get("batchnorm", "batch")
-    if not episodes:
+    if not episodes and adapts(inner_loop):
         other["max_support_sets"] = cfg.max_support_sets
     return {**inner_loop, **other}
 
@@ -393,26 +400,26 @@ def prepare_test(cfg, model, path, checkpoint, image_set, device):
     views = Views(image_set.images, cfg.views, normalized)
     in_graph = cfg.cuda_graphs and device.type == "cuda"
 
-    def after_adaptation(tasks, k_shot, settings, progress):
+    @functools.cache
+    def features():  # [N, D]
+        pixels = model == "pixels"
+        return normalized(views.images).flatten(1) if pixels else mean_features(encoder, views)
+
+    def counts_of(tasks, k_shot, settings, progress):
+        if not adapts(settings):
+            return nearest_prototype_counts(features(), labels, tasks, n_way, k_shot, progress)
         kind = FineTuning if "finetune_steps" in settings else InnerLoop
         inner_loop = kind(**{f.name: settings[f.name] for f in dataclasses.fields(kind)})
         return adapted_counts(
             encoder, views, labels, tasks, n_way, k_shot, inner_loop, progress, in_graph
         )
 
-    def by_nearest_prototype(tasks, k_shot, settings, progress):
-        return nearest_prototype_counts(features, labels, tasks, n_way, k_shot, progress)
-
-    if adapts(model):
-        return after_adaptation
-    pixels = model == "pixels"
-    features = normalized(views.images).flatten(1) if pixels else mean_features(encoder, views)
-    return by_nearest_prototype
+    return counts_of
 
 
-def adapts(row):
-    """Return whether the model of a row adapts to each support set."""
-    return row in ADAPTING or row.endswith("_finetuned")
+def adapts(settings):
+    """Return whether a test with these settings adapts to each support set."""
+    return bool(settings.get("num_inner_steps") or settings.get("finetune_steps"))
 
 
 def way_of(cfg, image_set):
@@ -470,7 +477,7 @@ class Progress:
 
     def _estimate(self, k_shot, seconds):
         """Print once about how long all tests take, given the seconds of one adaptation at k."""
-        if not (self.costs and is_first()):
+        if k_shot not in self.costs or not is_first():
             return
         minutes = seconds / self.costs[k_shot] * self.total / process_count() / 60
         self.costs = {}
