@@ -27,8 +27,6 @@ import io
 import math
 import os
 import sys
-import warnings
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +41,7 @@ from common.device import pick_device
 from common.encoder import encode_in_batches
 from common.figures import plot_contact_sheet
 from common.files import write_text
-from common.images import IMAGE_SUFFIXES, list_folder, list_images, read_image, read_images
+from common.images import IMAGE_SUFFIXES, list_folder, list_images, read_images
 from common.inner_loop import InnerLoop, adapt
 from common.kshot import spread_evenly
 from common.parallel import Workers
@@ -153,12 +151,14 @@ def read_files(class_files, files, checkpoint):
     """
     size = checkpoint["config"].get("image_size", 32)
     paths = [path for own in class_files.values() for path in own]
-    readable = read_what_can_be_read([*paths, *files], size)
+    errors = {}
+    images = read_images([*paths, *files], size, "images", errors)
+    for error in errors.values():
+        print(f"skipped: {shown(error)}", file=sys.stderr)
     class_files = {
-        name: [path for path in own if path in readable] for name, own in class_files.items()
+        name: [path for path in own if path not in errors] for name, own in class_files.items()
     }
-    left = [path for path in files if path in readable]
-    failures = len(paths) + len(files) - len(readable)
+    left = [path for path in files if path not in errors]
     for name, own in class_files.items():
         if not own:
             print(f"class {name} has no image that can be read: it is left out")
@@ -171,36 +171,15 @@ def read_files(class_files, files, checkpoint):
         )
     if not left:
         raise UserError(f"none of the {len(files)} images to classify can be read; replace them")
-    paths = [path for own in class_files.values() for path in own]
     shots = torch.tensor([len(own) for own in class_files.values()])  # of each class
-    images = torch.stack([torch.from_numpy(readable[path]) for path in [*paths, *left]])
     each = f"{shots.min()}" if shots.min() == shots.max() else f"{shots.min()} to {shots.max()}"
     print(
-        f"support images: {len(paths)} of {len(shots)} classes, {each} of each; images to "
+        f"support images: {shots.sum()} of {len(shots)} classes, {each} of each; images to "
         f"classify: {len(left)}; all brought to {size}x{size} pixels"
     )
     labels = torch.arange(len(shots)).repeat_interleave(shots)
-    return images.permute(0, 3, 1, 2), labels, list(class_files), left, failures
-
-
-def read_what_can_be_read(paths, size):
-    """Return {path: image uint8 [size, size, 3]}; name the others on stderr, in one line each."""
-
-    def attempt(path):
-        try:
-            return read_image(path, size)
-        except UserError as error:
-            return error
-
-    with warnings.catch_warnings(), ThreadPoolExecutor() as threads:
-        warnings.simplefilter("ignore")  # of large images and odd EXIF data: they are read
-        options = {"leave": False, "dynamic_ncols": True}
-        found = tqdm(threads.map(attempt, paths), "images", len(paths), **options)
-        found = dict(zip(paths, found))
-    for path, image in found.items():
-        if isinstance(image, UserError):
-            print(f"skipped: {shown(image)}", file=sys.stderr)
-    return {path: image for path, image in found.items() if not isinstance(image, UserError)}
+    images = torch.from_numpy(images).permute(0, 3, 1, 2)
+    return images, labels, list(class_files), left, len(errors)
 
 
 def choose_left_out(labels, class_names, most):

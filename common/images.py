@@ -3,7 +3,6 @@
 import contextlib
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -49,20 +48,33 @@ def read_image(path, size):
         return np.array(ImageOps.fit(_as_rgb(image), (size, size)))  # antialiased
 
 
-def read_images(paths, size, title):
+def read_images(paths, size, title, errors=None):
     """Return images as uint8 [N, size, size, 3], as `read_image` does, several at a time.
 
-    title: of the progress bar on stderr.
+    title: of the progress bar on stderr. errors: a dict that gets {path: UserError} of the images
+    that cannot be read, which are then missing in the result; without it the first one is raised.
     """
-    images = np.empty((len(paths), size, size, 3), dtype=np.uint8)
+
+    def attempt(path):
+        try:
+            return read_image(path, size)
+        except UserError as error:
+            if errors is None:
+                raise  # map() then cancels what has not begun
+            return error
+
+    images, count = np.empty((len(paths), size, size, 3), dtype=np.uint8), 0
     with warnings.catch_warnings(), ThreadPoolExecutor() as threads:
         warnings.simplefilter("ignore")  # of large images and odd EXIF data: they are read
-        # After an error, map() cancels what has not begun.
-        found = threads.map(partial(read_image, size=size), paths)
         options = {"leave": False, "dynamic_ncols": True, "disable": not is_first()}
-        for number, image in enumerate(tqdm(found, title, len(paths), **options)):
-            images[number] = image
-    return images
+        found = tqdm(threads.map(attempt, paths), title, len(paths), **options)
+        for image, path in zip(found, paths):
+            if isinstance(image, UserError):
+                errors[path] = image
+            else:
+                images[count] = image
+                count += 1
+    return images[:count]
 
 
 def original_size(path):

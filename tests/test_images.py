@@ -294,6 +294,16 @@ def test_one_unreadable_image_among_many_is_named(mixed):
         read_images(mixed, 32, "holiday")
 
 
+def test_unreadable_images_are_left_out_where_their_errors_are_asked_for(mixed):
+    expected = [read_image(path, 32) for path in mixed if path not in (mixed[17], mixed[4])]
+    for number in (17, 4):
+        mixed[number].write_bytes(b"no image")
+    errors = {}
+    assert np.array_equal(read_images(mixed, 32, "holiday", errors), expected)
+    assert list(errors) == [mixed[4], mixed[17]]
+    assert all(str(error).startswith(str(path)) for path, error in errors.items())
+
+
 def test_after_an_error_the_other_images_are_not_read(monkeypatch):
     read = []
 
