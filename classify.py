@@ -88,7 +88,9 @@ def main(cfg):
     support, images = images.split([len(labels), len(files)])  # [S, 3, H, W], [N, 3, H, W]
     left_out = choose_left_out(labels, class_names, cfg.max_left_out if adapts else 0)
     if adapts:
-        inner_loop = inner_loop_of(cfg, checkpoint["config"])
+        names = ("num_inner_steps", "lr_inner", "lr_output")
+        options = {name: getattr(cfg, name) for name in names}
+        inner_loop = InnerLoop.of_training(checkpoint["config"], **options)
         logits = by_adaptation(encoder, support, labels, images, left_out, inner_loop)
     else:
         logits = by_nearest_prototype(encoder, support, labels, images, left_out)
@@ -257,17 +259,6 @@ def equal_shots(labels):
     positions = [torch.nonzero(labels == c)[:, 0] for c in labels.unique()]
     largest = max(map(len, positions))
     return torch.cat([own[torch.arange(largest) % len(own)] for own in positions])
-
-
-def inner_loop_of(cfg, trained):
-    """Return the InnerLoop of the options, and of the training where they say nothing."""
-    return InnerLoop(
-        cfg.num_inner_steps or trained["num_inner_steps"],
-        cfg.lr_inner or trained["lr_inner"],
-        cfg.lr_output or trained["lr_output"],
-        trained.get("output_init", "prototypes"),
-        trained.get("batchnorm", "batch"),
-    )
 
 
 def result_rows(files, class_names, logits):

@@ -370,24 +370,19 @@ def test_settings(cfg, model, checkpoint, position, unseen_domain):
     for name in ("views", "precision"):
         if (value := getattr(cfg, name)) != getattr(Config, name) and model != "pixels":
             other[name] = value
-    trained = checkpoint["config"]
-    if model.endswith("_finetuned"):
-        names, defaults = FINE_TUNING, {}
-    elif model in ADAPTING:
-        names, defaults = INNER_LOOP, trained
-    else:
+    fine_tuned = model.endswith("_finetuned")
+    if model not in ADAPTING and not fine_tuned:
         return other
-    inner_loop = {}
-    for name in names:
+    at_k = {}
+    for name in FINE_TUNING if fine_tuned else INNER_LOOP:
         values = (unseen_domain and getattr(cfg, f"domain_{name}")) or getattr(cfg, name)
-        values = values or (defaults[name],)
-        inner_loop[name] = values[position] if len(values) > 1 else values[0]
-    if names == INNER_LOOP:
-        inner_loop["output_init"] = trained.get("output_init", "prototypes")
-        inner_loop["batchnorm"] = trained.get("batchnorm", "batch")
-    if not episodes and adapts(inner_loop):
+        if values:
+            at_k[name] = values[position] if len(values) > 1 else values[0]
+    if not fine_tuned:
+        at_k = dataclasses.asdict(InnerLoop.of_training(checkpoint["config"], **at_k))
+    if not episodes and adapts(at_k):
         other["max_support_sets"] = cfg.max_support_sets
-    return {**inner_loop, **other}
+    return {**at_k, **other}
 
 
 def prepare_test(cfg, model, path, checkpoint, image_set, device):

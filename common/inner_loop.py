@@ -41,6 +41,14 @@ class InnerLoop:
         """Return the inner loop with the values that `cfg` has under the same names."""
         return cls(**{field.name: getattr(cfg, field.name) for field in dataclasses.fields(cls)})
 
+    @classmethod
+    def of_training(cls, config, **others):
+        """Return the inner loop of a checkpoint's config, with `others` where they are not 0."""
+        # An option that is younger than the checkpoint has its default.
+        names = [field.name for field in dataclasses.fields(cls) if field.name in config]
+        trained = {name: config[name] for name in names}
+        return cls(**trained | {name: value for name, value in others.items() if value})
+
 
 def adapt(encoder, x_spt, y_spt, n_way, inner_loop, local=None, attached=True):
     """Adapt a copy of the encoder, and an output layer of its own, to a support set by SGD.
