@@ -162,9 +162,9 @@ def main(cfg):
         )
 
         encoder.train()
-        num_steps = min(len(batches), cfg.steps_per_epoch or len(batches))
-        for step in run.steps(num_steps):
-            set_learning_rate(optimizer, one_cycle(cfg.lr, (epoch + step / num_steps) / cfg.epochs))
+        for step in run.steps(len(batches)):
+            progress = (epoch + step / run.num_steps) / cfg.epochs  # share of the run
+            set_learning_rate(optimizer, one_cycle(cfg.lr, progress))
             loss, acc = step_fn(*batches.of(step))
             # Each process normalises its share of the batch by the share's own statistics; the
             # running statistics are the mean of all (docs/scaling.md).

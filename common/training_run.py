@@ -105,23 +105,24 @@ class TrainingRun:
     def steps(self, count):
         """Yield the numbers of the steps still to do of an epoch; save on the way.
 
-        count: steps that the data gives; cfg.steps_per_epoch may ask for fewer.
+        count: steps that the data gives; cfg.steps_per_epoch may ask for fewer. `num_steps` is how
+        many the epoch has.
         """
-        count = min(count, self.cfg.steps_per_epoch or count)
+        self.num_steps = min(count, self.cfg.steps_per_epoch or count)
         saved = time.monotonic()
         with tqdm(
-            total=count,
+            total=self.num_steps,
             initial=self.step,
             desc=f"epoch {self.epoch + 1}/{self.cfg.epochs}",
             leave=False,
             dynamic_ncols=True,
             disable=not is_first(),
         ) as bar:
-            while self.step < count:
+            while self.step < self.num_steps:
                 yield self.step
                 self.step += 1
                 bar.update()
-                if self.step % LOG_EVERY == 0 or self.step == count:
+                if self.step % LOG_EVERY == 0 or self.step == self.num_steps:
                     loss, accuracy = self._means()
                     bar.set_postfix(loss=f"{loss:.3f}", acc=f"{accuracy:.1%}")
                 signal, save_now = agree(self.signal, time.monotonic() - saved > SAVE_EVERY)
