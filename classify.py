@@ -5,11 +5,11 @@
 
 The support folder has one folder per class with one image or more, FOLDER/cat/1.jpg; the images to
 classify lie in the other folder, not in folders below it. They may be of any size and shape: the
-middle of each is brought to the size that the model was trained on. Classes are those of the
-support folder, new to the model or not.
+middle of each is brought to the size that the model was trained on. The model need not know the
+classes.
 
-Prints a table, and writes classified.csv and the contact sheets classified.png, classified-2.png
-and so on, 100 images each, into results/classify/. It also tells how much to trust them: each
+Prints a table, and writes classified.csv and contact sheets of 100 images each, classified.png,
+classified-2.png and so on, into results/classify/. It also tells how much to trust them: each
 support image is classified with the help of the others (leave-one-out), which is a little harder
 than what follows, as one image of its class is missing. With few images per class the probabilities
 are too high: for five validation classes of CIFAR-100, the classifier's average 86 to 88 %, while
@@ -18,15 +18,10 @@ class.
 
 A classifier or a ProtoNet takes the nearest prototype, the mean of all support images of a class:
 some seconds. ProtoMAML and MAML adapt to the support set, and once more for every support image
-left out: a minute or so. Their inner loop sees all classes equally often: a class with fewer
-images than the largest repeats its own, in order.
+left out: a minute or so.
 """
 
-import csv
-import io
-import math
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,14 +35,20 @@ from common.data import normalize
 from common.device import pick_device
 from common.encoder import encode_in_batches
 from common.figures import plot_contact_sheet
-from common.files import write_text
-from common.images import IMAGE_SUFFIXES, list_folder, list_images, read_images
+from common.images import (
+    IMAGE_SUFFIXES,
+    list_folder,
+    list_images,
+    read_images,
+    read_labelled,
+    shown,
+)
 from common.inner_loop import InnerLoop, adapt
 from common.kshot import spread_evenly
 from common.parallel import Workers
 from common.prototypes import distance_logits
-from common.samplers import episode_labels
 from common.script import run_script
+from common.tables import classified_table, write_classified
 
 IMAGES_PER_SHEET = 100
 THUMBNAIL = 160  # pixels
@@ -83,7 +84,8 @@ def main(cfg):
     encoder = encoder_of(checkpoint, cfg.model).to(device)
     adapts = checkpoint["model"] in ADAPTING
 
-    images, labels, class_names, files, failures = read_files(class_files, files, checkpoint)
+    size = checkpoint["config"].get("image_size", 32)
+    images, labels, class_names, files, failures = read_labelled(class_files, files, size)
     images = normalize(images.to(device), checkpoint["mean"], checkpoint["std"])
     support, images = images.split([len(labels), len(files)])  # [S, 3, H, W], [N, 3, H, W]
     left_out = choose_left_out(labels, class_names, cfg.max_left_out if adapts else 0)
@@ -97,11 +99,11 @@ def main(cfg):
     logits, logits_left_out = logits  # [N, C], [L, C]
 
     rows = result_rows(files, class_names, logits)
-    print(text_table(rows))
+    print(classified_table(rows))
     print(what_to_expect(logits_left_out, labels[left_out]))
     unsure = sum(row["probability"] < cfg.unsure for row in rows)
     print(f"unsure, with a probability below {100 * cfg.unsure:g} %: {unsure} of {len(rows)}")
-    write_csv(rows, os.path.join(cfg.results_dir, "classified.csv"))
+    write_classified(rows, os.path.join(cfg.results_dir, "classified.csv"))
     draw_contact_sheets(cfg, rows, files, class_names, MODEL_NAMES[checkpoint["model"]])
     print(f"table and contact sheets: {cfg.results_dir}{os.sep}")
     return 1 if failures else 0
@@ -135,53 +137,12 @@ def list_files(cfg):
     if not files:
         kinds = ", ".join(IMAGE_SUFFIXES)
         raise UserError(f"{folder} holds no image ({kinds}); put the images to classify there")
-    ignored = set(list_folder(folder)) - set(files)
-    ignored = sorted(path.name for path in ignored if path.is_file() or list_images(path))
+    others = sorted(set(list_folder(folder)) - set(files))
+    ignored = [shown(path.name) for path in others if path.is_file() or list_images(path)]
     if ignored:
-        names = ", ".join(map(shown, ignored[:5])) + (", ..." if len(ignored) > 5 else "")
+        names = ", ".join(ignored[:5]) + (", ..." if len(ignored) > 5 else "")
         print(f"ignored in {folder}, as they are no images or folders of images: {names}")
     return {shown(path.name): list_images(path) for path in class_folders}, files
-
-
-def read_files(class_files, files, checkpoint):
-    """Read all images, in the size of the checkpoint; name what cannot be used.
-
-    class_files, files: as `list_files` returns them.
-    Returns (images uint8 [S + N, 3, H, W], the support set class by class and then the images to
-    classify; labels int64 [S]; class names; the paths of the images to classify; the number of
-    images that cannot be read). Raises UserError where fewer than two classes or no image is left.
-    """
-    size = checkpoint["config"].get("image_size", 32)
-    paths = [path for own in class_files.values() for path in own]
-    errors = {}
-    images = read_images([*paths, *files], size, "images", errors)
-    for error in errors.values():
-        print(f"skipped: {shown(error)}", file=sys.stderr)
-    class_files = {
-        name: [path for path in own if path not in errors] for name, own in class_files.items()
-    }
-    left = [path for path in files if path not in errors]
-    for name, own in class_files.items():
-        if not own:
-            print(f"class {name} has no image that can be read: it is left out")
-    class_files = {name: own for name, own in class_files.items() if own}
-    if len(class_files) < 2:
-        found = f"images of {len(class_files)} class" + ("es" if not class_files else "")
-        raise UserError(
-            f"found {found}, but 2 are needed at least; put the images of each class into a folder "
-            "of its own, --support=FOLDER with FOLDER/<class>/"
-        )
-    if not left:
-        raise UserError(f"none of the {len(files)} images to classify can be read; replace them")
-    shots = torch.tensor([len(own) for own in class_files.values()])  # of each class
-    each = f"{shots.min()}" if shots.min() == shots.max() else f"{shots.min()} to {shots.max()}"
-    print(
-        f"support images: {shots.sum()} of {len(shots)} classes, {each} of each; images to "
-        f"classify: {len(left)}; all brought to {size}x{size} pixels"
-    )
-    labels = torch.arange(len(shots)).repeat_interleave(shots)
-    images = torch.from_numpy(images).permute(0, 3, 1, 2)
-    return images, labels, list(class_files), left, len(errors)
 
 
 def choose_left_out(labels, class_names, most):
@@ -223,32 +184,35 @@ def by_adaptation(encoder, support, labels, images, left_out, inner_loop):
     inner_loop: the InnerLoop. For each support image left out, the encoder adapts to all others.
     Raises UserError where an adaptation diverges.
     """
-    n_way = len(labels.unique())
-
-    def adapt_and_classify(kept, queries, local=None):
-        chosen = kept[equal_shots(labels[kept])]  # [n_way * K]
-        y_spt = episode_labels(n_way, len(chosen) // n_way, support.device)
-        local, weight, bias = adapt(
-            encoder, support[chosen], y_spt, n_way, inner_loop, local, attached=False
-        )
-        logits = F.linear(encode_in_batches(local.eval(), queries), weight, bias)
-        if not logits.isfinite().all():
-            raise UserError(
-                f"the adaptation to {len(kept)} support images diverged; pass a smaller "
-                "--lr_inner, a smaller --lr_output or fewer --num_inner_steps"
-            )
-        return logits.cpu()
 
     def leave_out(position, local):
-        others = everything[everything != position]
-        return adapt_and_classify(others, support[position, None], local)
+        others = torch.arange(len(labels)) != position
+        query = support[position, None]
+        return adapted_logits(encoder, support[others], labels[others], query, inner_loop, local)
 
-    everything = torch.arange(len(labels))
-    logits = adapt_and_classify(everything, images)
+    logits = adapted_logits(encoder, support, labels, images, inner_loop)
     workers = Workers(support.device, len(left_out), encoder)
     bar = {"total": len(left_out), "leave": False, "dynamic_ncols": True}
-    logits_left_out = list(tqdm(workers.map(leave_out, left_out), "leave-one-out", **bar))
-    return logits, torch.cat([logits.new_zeros(0, n_way), *logits_left_out])
+    logits_left_out = tqdm(workers.map(leave_out, left_out), "leave-one-out", **bar)
+    return logits, torch.cat([logits[:0], *logits_left_out])
+
+
+def adapted_logits(encoder, support, labels, queries, inner_loop, local=None):
+    """Return the logits of the queries [Q, C], float32, after adaptation to a support set.
+
+    local: the copy of the encoder to adapt, or None for a new one. Raises UserError where the
+    adaptation diverges.
+    """
+    n_way, chosen = len(labels.unique()), equal_shots(labels)  # [C * K]
+    x_spt, y_spt = support[chosen], labels[chosen].to(support.device)
+    local, weight, bias = adapt(encoder, x_spt, y_spt, n_way, inner_loop, local, attached=False)
+    logits = F.linear(encode_in_batches(local.eval(), queries), weight, bias)
+    if not logits.isfinite().all():
+        raise UserError(
+            f"the adaptation to {len(labels)} support images diverged; pass a smaller --lr_inner, "
+            "a smaller --lr_output or fewer --num_inner_steps"
+        )
+    return logits.cpu()
 
 
 def equal_shots(labels):
@@ -263,7 +227,7 @@ def equal_shots(labels):
 
 def result_rows(files, class_names, logits):
     """Return one dict per image: file, class, probability, runner-up and its probability."""
-    probabilities, classes = logits.softmax(dim=1).topk(2)
+    probabilities, classes = logits.softmax(dim=1).topk(2)  # [N, 2] each
     return [
         {
             "file": shown(file.name),
@@ -286,31 +250,12 @@ def what_to_expect(logits, wanted):
     if not len(wanted):
         return "leave-one-out: no class has two images, so what to expect is unknown"
     correct, count = (logits.argmax(dim=1) == wanted).sum().item(), len(wanted)
-    chance, probability = 1 / logits.shape[1], logits.softmax(dim=1).amax(dim=1).mean().item()
+    probability = logits.softmax(dim=1).amax(dim=1).mean().item()
     return (
         f"leave-one-out: {correct} of {count} support images are classified correctly with the "
-        f"help of the others, {percent(correct / count)}; by chance {percent(chance)}; "
-        f"their mean probability is {percent(probability)}"
+        f"help of the others, {100 * (correct / count):.1f} %; by chance "
+        f"{100 * (1 / logits.shape[1]):.1f} %; their mean probability is {100 * probability:.1f} %"
     )
-
-
-def text_table(rows):
-    """Return the rows as a table of fixed width."""
-    cells = [("file", "class", "probability", "runner-up", "probability")]
-    cells += [tuple(percent(v) if isinstance(v, float) else v for v in r.values()) for r in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["  ".join(map(aligned, line, widths, range(len(line)))) for line in cells]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def write_csv(rows, path):
-    """Write the rows to `path`. Raises UserError where that fails."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()})
-    write_text(path, text.getvalue())
 
 
 def draw_contact_sheets(cfg, rows, files, class_names, model_name):
@@ -318,41 +263,26 @@ def draw_contact_sheets(cfg, rows, files, class_names, model_name):
 
     rows and files: in the same order.
     """
-    shown_order = sorted(
-        zip(rows, files),
-        key=lambda pair: (class_names.index(pair[0]["class"]), -pair[0]["probability"]),
-    )
-    sheets = math.ceil(len(rows) / IMAGES_PER_SHEET)
-    for number in range(sheets):
-        part = shown_order[number * IMAGES_PER_SHEET : (number + 1) * IMAGES_PER_SHEET]
-        thumbnails = read_images([file for _, file in part], THUMBNAIL, "contact sheet")
-        title = f"{model_name}, sheet {number + 1} of {sheets}; "
+
+    def place(pair):
+        return class_names.index(pair[0]["class"]), -pair[0]["probability"]
+
+    def path_of(number):
+        name = f"classified-{number}.png" if number > 1 else "classified.png"
+        return os.path.join(cfg.results_dir, name)
+
+    pairs = sorted(zip(rows, files), key=place)
+    starts = range(0, len(pairs), IMAGES_PER_SHEET)
+    for number, start in enumerate(starts, 1):
+        rows, files = zip(*pairs[start : start + IMAGES_PER_SHEET])
+        thumbnails = read_images(files, THUMBNAIL, "contact sheet")
+        title = f"{model_name}, sheet {number} of {len(starts)}; "
         title += f"dashed: probability below {100 * cfg.unsure:g} %"
-        plot_contact_sheet(
-            thumbnails, [row for row, _ in part], cfg.unsure, title, sheet_path(cfg, number)
-        )
-    while os.path.exists(path := sheet_path(cfg, sheets)):
-        os.remove(path)
-        sheets += 1
-
-
-def shown(name):
-    """Return a name as text that can be printed and written: a file's name may hold any bytes."""
-    return str(name).encode(errors="backslashreplace").decode()
-
-
-def sheet_path(cfg, number):
-    """Return the path of contact sheet `number`, from 0."""
-    name = f"classified-{number + 1}.png" if number else "classified.png"
-    return os.path.join(cfg.results_dir, name)
-
-
-def percent(share):
-    return f"{100 * share:.1f} %"
-
-
-def aligned(cell, width, column):
-    return cell.rjust(width) if column in (2, 4) else cell.ljust(width)
+        plot_contact_sheet(thumbnails, rows, cfg.unsure, title, path_of(number))
+    number = len(starts) + 1
+    while os.path.exists(path_of(number)):
+        os.remove(path_of(number))
+        number += 1
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""A user's photographs as arrays of one size."""
+"""A user's photographs: which there are, and their pixels in one size."""
 
 import contextlib
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
@@ -31,6 +33,11 @@ def list_folder(folder):
 def list_images(folder):
     """Return the paths of a folder's images, sorted. Raises UserError as `list_folder` does."""
     return [path for path in list_folder(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
+
+
+def shown(name):
+    """Return a name as text that can be printed and written: a file's name may hold any bytes."""
+    return str(name).encode(errors="backslashreplace").decode()
 
 
 def read_image(path, size):
@@ -75,6 +82,43 @@ def read_images(paths, size, title, errors=None):
                 images[count] = image
                 count += 1
     return images[:count]
+
+
+def read_labelled(class_files, files, size):
+    """Read support images and the images to classify; say what was read and what cannot be used.
+
+    class_files: {class name: paths of its images}; files: paths of the images to classify.
+    Returns (images uint8 [S + N, 3, size, size], the support set class by class and then the images
+    to classify; labels int64 [S]; class names; N paths of images to classify; the number of images
+    that cannot be read). Raises UserError where fewer than two classes or no image is left.
+    """
+    paths = [path for own in class_files.values() for path in own]
+    errors = {}
+    images = read_images([*paths, *files], size, "images", errors)
+    for error in errors.values():
+        print(f"skipped: {shown(error)}", file=sys.stderr)
+    shots = {name: sum(path not in errors for path in own) for name, own in class_files.items()}
+    for name in [name for name, count in shots.items() if not count]:
+        print(f"class {name} has no image that can be read: it is left out")
+        del shots[name]
+    if len(shots) < 2:
+        found = f"images of {len(shots)} class" + ("es" if not shots else "")
+        raise UserError(
+            f"found {found}, but 2 are needed at least; put the images of each class into a folder "
+            "of its own, --support=FOLDER with FOLDER/<class>/"
+        )
+    left = [path for path in files if path not in errors]
+    if not left:
+        raise UserError(f"none of the {len(files)} images to classify can be read; replace them")
+    counts = torch.tensor(list(shots.values()))
+    fewest, most = counts.min(), counts.max()
+    print(
+        f"support images: {counts.sum()} of {len(counts)} classes, "
+        f"{fewest if fewest == most else f'{fewest} to {most}'} of each; images to classify: "
+        f"{len(left)}; all brought to {size}x{size} pixels"
+    )
+    labels = torch.arange(len(counts)).repeat_interleave(counts)
+    return torch.from_numpy(images).permute(0, 3, 1, 2), labels, list(shots), left, len(errors)
 
 
 def original_size(path):

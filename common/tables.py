@@ -12,6 +12,7 @@ from common.files import write_text
 HEADINGS = ("model", "tested on", "k", "accuracy", "95 % interval", "std")
 KSHOT_HEADINGS = (*HEADINGS, "sets", "tutorial printed", "corrected")
 EPISODE_HEADINGS = (*HEADINGS, "episodes", "n_way", "parameters (M)")
+CLASSIFIED_HEADINGS = ("file", "class", "probability", "runner-up", "probability")
 PUBLISHED_HEADINGS = ("published", "encoder", "parameters (M)", "1-shot", "5-shot")
 NOTE = (
     "Accuracy, interval and std in %. The interval is of the mean over the {0}s; std says "
@@ -90,6 +91,25 @@ def variant(settings):
     )
 
 
+def classified_table(rows):
+    """Return classified images as a table of fixed width, probabilities in %.
+
+    rows: one dict per image, with its file, class, probability, runner-up and its probability.
+    """
+    cells = [CLASSIFIED_HEADINGS]
+    for row in rows:
+        cells.append([f"{100 * v:.1f} %" if isinstance(v, float) else v for v in row.values()])
+    return "\n".join(_text_lines(cells, left=(0, 1, 3)))
+
+
+def write_classified(rows, path):
+    """Write classified images as CSV; rows as above. Raises UserError where writing fails."""
+    rounded = [
+        {name: f"{v:.4f}" if isinstance(v, float) else v for name, v in row.items()} for row in rows
+    ]
+    _write_csv(path, list(rows[0]), rounded)
+
+
 def _write_csv(path, columns, rows):
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
@@ -149,11 +169,16 @@ def _percent(value):
     return "-" if value is None else f"{100 * value:.2f}"
 
 
-def _text_lines(cells):
-    """Return a table as lines of equal columns; the first line of cells holds the headings."""
-    cells = list(cells)
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["  ".join(map(_aligned, line, widths, range(len(line)))).rstrip() for line in cells]
+def _text_lines(cells, left=(0, 1)):
+    """Return a table as lines of equal columns; the first line of cells holds the headings.
+
+    left: the columns whose cells are aligned to the left.
+    """
+    columns = []
+    for number, column in enumerate(zip(*cells)):
+        align, width = str.ljust if number in left else str.rjust, max(map(len, column))
+        columns.append([align(cell, width) for cell in column])
+    lines = ["  ".join(line).rstrip() for line in zip(*columns)]
     lines.insert(1, "-" * len(max(lines, key=len)))
     return lines
 
@@ -164,7 +189,3 @@ def _markdown_lines(cells):
     lines = ["| " + " | ".join(line) + " |" for line in (headings, *cells)]
     lines.insert(1, "|" + "|".join(rule) + "|")
     return lines
-
-
-def _aligned(cell, width, column):
-    return cell.ljust(width) if column < 2 else cell.rjust(width)
