@@ -600,7 +600,7 @@ def peak_gpu_memory(side, device):
 
 def about_run(bench, gflops, flop, load):
     """Return lines that say what was measured where and how."""
-    cfg = bench.cfg
+    cfg, libraries = bench.cfg, ", ".join(bench.libraries)
     precision = ", TF32 allowed, as in all that follows" if bench.device.type == "cuda" else ""
     quick = " (a quick run: its figures mean little)" if cfg.quick else ""
     return [
@@ -614,7 +614,7 @@ def about_run(bench, gflops, flop, load):
         "three times that",
         f"the tutorial's way: a DataLoader with {cfg.workers} workers and PIL, which work during "
         "its training steps; its test gets the images ready-made",
-        "the libraries: training steps alone, on the images of that DataLoader",
+        f"libraries, in training steps alone, on that DataLoader's images: {libraries or 'none'}",
     ]
 
 
