@@ -1,7 +1,8 @@
 """Classify a folder of images, given a few labelled ones of each class; any trained model serves.
 
     python classify.py --support=FOLDER --images=FOLDER
-    python classify.py --support=FOLDER --images=FOLDER --model=checkpoints/cifar100/protomaml.pt
+    python classify.py --support=FOLDER --images=FOLDER --model=checkpoints/cifar100/protonet.pt
+    python classify.py --support=FOLDER --images=FOLDER --finetune_steps=160   # unlike CIFAR-100
 
 The support folder has one folder per class with one image or more, FOLDER/cat/1.jpg; the images to
 classify lie in the other folder, not in folders below it. They may be of any size and shape: the
@@ -17,18 +18,20 @@ are too high: for five validation classes of CIFAR-100, the classifier's average
 class.
 
 A classifier or a ProtoNet takes the nearest prototype, the mean of all support images of a class:
-some seconds. ProtoMAML and MAML adapt to the support set, and once more for every support image
-left out: a minute or so.
+some seconds. Fine-tuned, and always in ProtoMAML and MAML, the model adapts to the support set, and
+once more for every support image left out: a few minutes.
 """
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from common.augment import Views
 from common.checkpoint import ADAPTING, MODEL_NAMES, encoder_of, load_checkpoint
 from common.config import UserError, require
 from common.data import normalize
@@ -43,10 +46,11 @@ from common.images import (
     read_labelled,
     shown,
 )
-from common.inner_loop import InnerLoop, adapt
-from common.kshot import spread_evenly
+from common.inner_loop import FineTuning, InnerLoop, adapt, fine_tune
+from common.kshot import mean_features, spread_evenly
 from common.parallel import Workers
 from common.prototypes import distance_logits
+from common.samplers import episode_labels
 from common.script import run_script
 from common.tables import classified_table, write_classified
 
@@ -65,6 +69,10 @@ class Config:
     num_inner_steps: int = 0  # SGD steps on the support set; 0: as in training
     lr_inner: float = 0.0  # learning rate for the encoder; 0: as in training
     lr_output: float = 0.0  # learning rate for the output layer; 0: as in training
+    # fine-tuning, of any model
+    finetune_steps: int = 0  # steps of Adam on episodes of the support set; 0: none
+    finetune_lr: float = 1e-3  # learning rate of these steps
+    # of all that adapts
     max_left_out: int = 20  # support images left out, an adaptation for each; 0: all
     # result
     unsure: float = 0.5  # images whose probability is below this are marked
@@ -74,6 +82,8 @@ class Config:
 
     def __post_init__(self):
         require(self, "num_inner_steps", "lr_inner", "lr_output", "max_left_out", least=0)
+        require(self, "finetune_steps", least=0)
+        require(self, "finetune_lr", above=0)
         require(self, "unsure", least=0, most=1)
 
 
@@ -82,21 +92,16 @@ def main(cfg):
     device = pick_device(cfg.device)
     checkpoint = load_checkpoint(cfg.model)
     encoder = encoder_of(checkpoint, cfg.model).to(device)
-    adapts = checkpoint["model"] in ADAPTING
+    how = inner_loop_of(cfg, checkpoint)  # None: by nearest prototype
 
     size = checkpoint["config"].get("image_size", 32)
     images, labels, class_names, files, failures = read_labelled(class_files, files, size)
-    images = normalize(images.to(device), checkpoint["mean"], checkpoint["std"])
-    support, images = images.split([len(labels), len(files)])  # [S, 3, H, W], [N, 3, H, W]
-    left_out = choose_left_out(labels, class_names, cfg.max_left_out if adapts else 0)
-    if adapts:
-        names = ("num_inner_steps", "lr_inner", "lr_output")
-        options = {name: getattr(cfg, name) for name in names}
-        inner_loop = InnerLoop.of_training(checkpoint["config"], **options)
-        logits = by_adaptation(encoder, support, labels, images, left_out, inner_loop)
-    else:
-        logits = by_nearest_prototype(encoder, support, labels, images, left_out)
-    logits, logits_left_out = logits  # [N, C], [L, C]
+    normalized = partial(normalize, mean=checkpoint["mean"], std=checkpoint["std"])
+    support, images = images.to(device).split([len(labels), len(files)])
+    support, images = Views(support, normalize=normalized), normalized(images)  # [N, 3, H, W]
+    left_out = choose_left_out(labels, class_names, cfg.max_left_out if how else 0)
+    method = partial(by_adaptation, inner_loop=how) if how else by_nearest_prototype
+    logits, logits_left_out = method(encoder, support, labels, images, left_out)  # [N, C], [L, C]
 
     rows = result_rows(files, class_names, logits)
     print(classified_table(rows))
@@ -107,6 +112,17 @@ def main(cfg):
     draw_contact_sheets(cfg, rows, files, class_names, MODEL_NAMES[checkpoint["model"]])
     print(f"table and contact sheets: {cfg.results_dir}{os.sep}")
     return 1 if failures else 0
+
+
+def inner_loop_of(cfg, checkpoint):
+    """Return how the model adapts, an InnerLoop or FineTuning, or None where it does not."""
+    if cfg.finetune_steps:
+        return FineTuning(cfg.finetune_steps, cfg.finetune_lr)
+    if checkpoint["model"] in ADAPTING:
+        names = ("num_inner_steps", "lr_inner", "lr_output")
+        options = {name: getattr(cfg, name) for name in names}
+        return InnerLoop.of_training(checkpoint["config"], **options)
+    return None
 
 
 def list_files(cfg):
@@ -161,12 +177,12 @@ def choose_left_out(labels, class_names, most):
 def by_nearest_prototype(encoder, support, labels, images, left_out):
     """Return the logits of the images [N, C] and of the support images left out [L, C], float64.
 
-    support [S, 3, H, W] with labels int64 [S], images [N, 3, H, W]; left_out int64 [L]: support
-    images, each of which is compared with prototypes made without it.
+    support: the Views of S images with labels int64 [S]; images [N, 3, H, W], normalised; left_out
+    int64 [L]: support images, each of which is compared with prototypes made without it.
     """
-    features = encode_in_batches(encoder, torch.cat([support, images]))
     # On the CPU: not every device has float64.
-    support, images = features.cpu().double().split([len(support), len(images)])  # [S, D], [N, D]
+    support = mean_features(encoder, support).cpu().double()  # [S, D]
+    images = encode_in_batches(encoder, images).cpu().double()  # [N, D]
     prototypes = torch.stack([support[labels == c].mean(dim=0) for c in labels.unique()])  # [C, D]
     logits = torch.cat([distance_logits(batch, prototypes) for batch in images.split(250)])
     # Without its feature vector f, a class of n images with the prototype p has the prototype
@@ -181,36 +197,40 @@ def by_nearest_prototype(encoder, support, labels, images, left_out):
 def by_adaptation(encoder, support, labels, images, left_out, inner_loop):
     """Return the same as `by_nearest_prototype`, after adaptation to the support set.
 
-    inner_loop: the InnerLoop. For each support image left out, the encoder adapts to all others.
-    Raises UserError where an adaptation diverges.
+    inner_loop: the InnerLoop or FineTuning. For each support image left out, the encoder adapts to
+    all others. Raises UserError where an adaptation diverges.
     """
+    everything = torch.arange(len(labels))
 
     def leave_out(position, local):
-        others = torch.arange(len(labels)) != position
-        query = support[position, None]
-        return adapted_logits(encoder, support[others], labels[others], query, inner_loop, local)
+        others, query = everything[everything != position], support.of(position[None])
+        return adapted_logits(encoder, support, others, labels, query, inner_loop, local)
 
-    logits = adapted_logits(encoder, support, labels, images, inner_loop)
-    workers = Workers(support.device, len(left_out), encoder)
+    logits = adapted_logits(encoder, support, everything, labels, images, inner_loop)
+    workers = Workers(images.device, len(left_out), encoder)
     bar = {"total": len(left_out), "leave": False, "dynamic_ncols": True}
     logits_left_out = tqdm(workers.map(leave_out, left_out), "leave-one-out", **bar)
     return logits, torch.cat([logits[:0], *logits_left_out])
 
 
-def adapted_logits(encoder, support, labels, queries, inner_loop, local=None):
+def adapted_logits(encoder, views, support, labels, queries, inner_loop, local=None):
     """Return the logits of the queries [Q, C], float32, after adaptation to a support set.
 
-    local: the copy of the encoder to adapt, or None for a new one. Raises UserError where the
-    adaptation diverges.
+    support: indices of images, int64 [S]; local: the copy of the encoder to adapt, or None for a
+    new one. Raises UserError where the adaptation diverges.
     """
-    n_way, chosen = len(labels.unique()), equal_shots(labels)  # [C * K]
-    x_spt, y_spt = support[chosen], labels[chosen].to(support.device)
-    local, weight, bias = adapt(encoder, x_spt, y_spt, n_way, inner_loop, local, attached=False)
+    n_way, device = len(labels.unique()), queries.device
+    chosen = support[equal_shots(labels[support])].to(device)  # [C * K]
+    if isinstance(inner_loop, FineTuning):
+        local, weight, bias = fine_tune(encoder, views, chosen, n_way, inner_loop, local)
+    else:
+        x_spt, y_spt = views.of(chosen), episode_labels(n_way, len(chosen) // n_way, device)
+        local, weight, bias = adapt(encoder, x_spt, y_spt, n_way, inner_loop, local, attached=False)
     logits = F.linear(encode_in_batches(local.eval(), queries), weight, bias)
     if not logits.isfinite().all():
         raise UserError(
-            f"the adaptation to {len(labels)} support images diverged; pass a smaller --lr_inner, "
-            "a smaller --lr_output or fewer --num_inner_steps"
+            f"the adaptation to {len(support)} support images diverged; pass a smaller --lr_inner, "
+            "--lr_output or --finetune_lr, or fewer steps"
         )
     return logits.cpu()
 

@@ -18,13 +18,14 @@ import torch.nn.functional as F
 from PIL import Image
 
 import classify
+from common.augment import Views
 from common.checkpoint import FORMAT, save_checkpoint
 from common.config import UserError, parse_config
 from common.data import load_dataset
 from common.encoder import Encoder
 from common.figures import plot_contact_sheet
 from common.images import read_image
-from common.inner_loop import InnerLoop, adapt
+from common.inner_loop import FineTuning, InnerLoop, adapt, fine_tune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -167,7 +168,7 @@ def test_leave_one_out_is_that_of_a_plain_loop(folders, capsys):
     _, encoder = write_checkpoint(folders / "model.pt")
     support, images = network_inputs(folders)
     left_out = torch.nonzero(LABELS != 1)[:, 0]  # class b has one image
-    found = classify.by_nearest_prototype(encoder, support, LABELS, images, left_out)[1]
+    found = classify.by_nearest_prototype(encoder, Views(support), LABELS, images, left_out)[1]
     features, labels, correct = features_by_hand(encoder, support), LABELS.tolist(), 0
     for position, logits in zip(left_out.tolist(), found, strict=True):
         others, of_others = features.copy(), labels.copy()
@@ -243,7 +244,7 @@ def test_leave_one_out_by_adaptation_agrees_with_a_plain_loop():
     encoder, loop = new_encoder(), InnerLoop(**INNER_LOOP)
     support, images = torch.randn(len(LABELS), 3, 32, 32), torch.randn(2, 3, 32, 32)
     left_out = torch.tensor([0, 5, 10])
-    found = classify.by_adaptation(encoder, support, LABELS, images, left_out, loop)[1]
+    found = classify.by_adaptation(encoder, Views(support), LABELS, images, left_out, loop)[1]
     for position, logits in zip(left_out.tolist(), found, strict=True):
         others = torch.arange(len(LABELS)) != position
         query = support[position][None]
@@ -256,6 +257,27 @@ def test_an_adaptation_that_diverges_is_one_message(folders):
     with pytest.raises(UserError, match="11 support images diverged; pass a smaller --lr_inner"):
         run_main(folders, "--lr_output=1e38", "--num_inner_steps=5")
     assert not (folders / "results").exists()
+
+
+@pytest.mark.parametrize("model", ["protonet", "protomaml"])
+def test_fine_tuning_agrees_with_calling_it_by_hand(model, folders, capsys):
+    trained = INNER_LOOP if model == "protomaml" else {}
+    path, encoder = write_checkpoint(folders / "model.pt", model, **trained)
+    options = ["--finetune_steps=2", "--finetune_lr=0.01", "--max_left_out=3"]
+    assert run_main(folders, *options) == 0
+    assert "of 3 support images" in capsys.readouterr().out
+    # Colours are changed before the normalisation, so the images come in 0..255 here.
+    std, mean = (torch.tensor(values).view(3, 1, 1) for values in (STD, MEAN))
+    support, images = network_inputs(folders)
+    pixels = ((support * std + mean) * 255).round().byte()
+    views = Views(pixels, normalize=lambda found: (found / 255 - mean) / std)
+    chosen = classify.equal_shots(LABELS)
+    local, weight, bias = fine_tune(encoder, views, chosen, len(SHOTS), FineTuning(2, 0.01))
+    with torch.no_grad():
+        expected = F.linear(local(images), weight, bias).softmax(dim=1)
+    for row, wanted in zip(rows_of(folders), expected, strict=True):
+        assert row["class"] == list(SHOTS)[wanted.argmax()]
+        assert float(row["probability"]) == pytest.approx(wanted.max().item(), abs=1e-3)
 
 
 def test_by_default_all_or_twenty_images_are_left_out():
@@ -488,6 +510,8 @@ def test_a_folder_that_is_not_named_is_asked_for(name, folders):
     [
         ("--unsure=1.5", "unsure is 1.5, but at most 1"),
         ("--unsure=-0.1", "unsure is -0.1, but at least 0"),
+        ("--finetune_steps=-1", "finetune_steps is -1, but at least 0"),
+        ("--finetune_lr=0", "finetune_lr is 0.0, but a number above 0"),
         ("--num_inner_steps=-1", "num_inner_steps is -1, but at least 0"),
         ("--lr_inner=-1", "lr_inner is -1.0, but at least 0"),
         ("--lr_output=-1", "lr_output is -1.0, but at least 0"),
