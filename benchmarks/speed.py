@@ -1,7 +1,7 @@
 """Measure the project's speed beside that of a first notebook and of other few-shot libraries.
 
     pip install -r benchmarks/requirements.txt    the libraries; one not installed is left out
-    python benchmarks/speed.py                    on an idle machine; 35 minutes on two CPU cores
+    python benchmarks/speed.py                    on an idle machine; 40 minutes on two CPU cores
     python benchmarks/speed.py --quick=true       the same lines in small, to see that they run; the
                                                   figures mean little
 
@@ -67,7 +67,8 @@ ROOT = sys.path[0]
 N_WAY, K_SHOT, N_QUERY = 5, 4, 4  # of a training task, as in the trainers
 TEST_WAY = 10  # classes of the k-shot test
 LR_INNER = 0.1  # of the encoder's copy and of the output layer, on all sides
-PROJECT, TUTORIAL = "project", "tutorial's way"  # sides of a line; the others are libraries
+# Sides of a line; the others are libraries.
+PROJECT, BFLOAT16, TUTORIAL = "project", "project, bfloat16", "tutorial's way"
 # An encoder for very many steps.
 TINY = {"proto_dim": 16, "growth_rate": 8, "block_config": (1, 1, 1, 1), "num_init_features": 8}
 # Seconds in which the loader's workers fill their queue again, so that they do not disturb the
@@ -136,6 +137,12 @@ class Bench:
         torch.manual_seed(42)
         return make().to(self.device).train()
 
+    def project_encoders(self):
+        """Return {side: new encoder} of the project, one for each precision."""
+        encoders = {PROJECT: self.encoder(), BFLOAT16: self.encoder()}
+        encoders[BFLOAT16].precision = "bfloat16"
+        return encoders
+
     def library_steps(self, makers, *options):
         """Return {library: training step} of the libraries found; makers: {library: function}."""
         y = episode_labels(N_WAY, K_SHOT, self.device)
@@ -203,8 +210,10 @@ def main(cfg):
     bench = Bench(cfg)
     memory = memory_table(bench)  # first: what the other measurements free again would hide growth
     gflops, flop = matrix_rate(bench), flop_per_image(bench)
-    tables = [speed_table(bench, gflops, flop), growth_table(bench), memory]
-    about = about_run(bench, gflops, flop, load)
+    parts = (protonet_lines, maml_lines, test_lines, process_lines)
+    lines = [line for part in parts for line in part(bench)]
+    tables = [speed_table(bench, lines, gflops, flop), growth_table(bench), memory]
+    about = [*about_run(bench, gflops, flop, load), about_bfloat16(lines)]
     name = machine(bench.device) + ("-quick" if cfg.quick else "")
     report(cfg.results_dir, name, "Speed", about, tables)
 
@@ -347,21 +356,20 @@ def start_loader(bench, tasks=0):
     return iter(tutorial_style.make_loader(images, labels, endless, *numbers))
 
 
-def speed_table(bench, gflops, flop):
+def speed_table(bench, lines, gflops, flop):
     """Return the first table: (title, headings, rows)."""
-    sides = {PROJECT: "", TUTORIAL: "", **bench.libraries}
+    sides = {PROJECT: "", BFLOAT16: "", TUTORIAL: "", **bench.libraries}
     rows = []
-    for part in (protonet_lines, maml_lines, test_lines, process_lines):
-        for name, cells, passes in part(bench):
-            rates = ("-", "-")
-            if passes:
-                rate = passes * flop / cells[PROJECT] / 1e9
-                rates = (f"{rate:,.1f}", f"{rate / gflops:.1%}")
-            rows.append((name, *(show_cell(cells, side) for side in sides), *rates))
+    for name, cells, passes in lines:
+        rates = ("-", "-")
+        if passes:
+            rate = passes * flop / cells[PROJECT] / 1e9
+            rates = (f"{rate:,.1f}", f"{rate / gflops:.1%}")
+        rows.append((name, *(show_cell(cells, side) for side in sides), *rates))
     headings = [f"{side} {version}".strip() for side, version in sides.items()]
     title = (
         f"Speed: medians of {bench.cfg.repeats}; in brackets: how many times the project's time; "
-        "GFLOP/s of the project"
+        "GFLOP/s of the project in float32"
     )
     return title, ("", *headings, "GFLOP/s", "of matrix rate"), rows
 
@@ -394,7 +402,10 @@ def protonet_lines(bench):
         TUTORIAL: partial(tutorial_style.protonet_step, encoder, optimizer),
         **bench.library_steps(peers.PROTONET, 2e-4),
     }
-    sides = {PROJECT: partial(project, protonet_trainer(bench, bench.encoder()), bench.steps)}
+    sides = {
+        side: partial(project, protonet_trainer(bench, encoder), bench.steps)
+        for side, encoder in bench.project_encoders().items()
+    }
     sides |= {side: partial(others, step, bench.steps) for side, step in steps.items()}
     name = "ProtoNet step, 5-way 4-shot 4-query"
     line = bench.line(name, sides, 3 * N_WAY * (K_SHOT + N_QUERY))
@@ -420,8 +431,10 @@ def maml_lines(bench):
             passes += 2 * K_SHOT  # backward through the prototypes; forward was an inner step's
         else:
             name, steps = "MAML", bench.library_steps(peers.MAML, 1e-3, tasks, inner, LR_INNER)
-        trainer = protomaml_trainer(bench, bench.encoder(), tasks, inner, output_init)
-        sides = {PROJECT: partial(project_side, bench, Episodes(bench, tasks), trainer, count)}
+        sides = {}
+        for side, encoder in bench.project_encoders().items():
+            trainer = protomaml_trainer(bench, encoder, tasks, inner, output_init)
+            sides[side] = partial(project_side, bench, Episodes(bench, tasks), trainer, count)
         for side, step in steps.items():
             sides[side] = partial(loader_side, bench, batches, step, count, lead)
         name = f"{name} outer step, {tasks} tasks, inner steps: {inner}"
@@ -432,19 +445,22 @@ def maml_lines(bench):
 
 
 def test_lines(bench):
-    encoder, other = bench.encoder(), bench.encoder(tutorial_style.make_encoder)
+    encoders, other = bench.project_encoders(), bench.encoder(tutorial_style.make_encoder)
     steps, ready = bench.adapt_steps, bench.images.contiguous()  # channels first
     asked = len(ready) if bench.gpu else len(ready) // 10  # the CPU is asked less
 
     def compare(name, project, tutorial, passes):
-        sides = {PROJECT: partial(bench.seconds, project)}
-        return bench.line(name, sides | {TUTORIAL: partial(bench.seconds, tutorial)}, passes)
+        """Return a line; project(encoder) returns the function that is measured."""
+        functions = {side: project(encoder) for side, encoder in encoders.items()}
+        functions[TUTORIAL] = tutorial
+        sides = {side: partial(bench.seconds, each) for side, each in functions.items()}
+        return bench.line(name, sides, passes)
 
     for k_shot in (2, 8, 32):
         sets, y_spt = bench.support(k_shot)
-        sets = sets[: len(Workers(bench.device, len(sets), encoder).copies)]
+        sets = sets[: len(Workers(bench.device, len(sets), other).copies)]
         name = f"one adaptation, 10-way, k = {k_shot}, {steps} inner steps"
-        project = adaptation(bench, encoder, k_shot, steps)
+        project = partial(adaptation, bench, k_shot=k_shot, steps=steps)
         tutorial = partial(tutorial_style.adapt, other, ready[sets[0]], y_spt, steps, LR_INNER)
         yield compare(name, project, tutorial, 3 * steps * len(y_spt))
 
@@ -455,20 +471,23 @@ def test_lines(bench):
         images, labels = bench.images[rows], bench.labels[rows]
         places = torch.searchsorted(rows[: sets.numel()], sets)
         inner_loop = InnerLoop(steps, LR_INNER, LR_INNER)
-        project = partial(
-            adapted_counts, encoder, Views(images), labels, places, TEST_WAY, k_shot, inner_loop
-        )
+        test = (Views(images), labels, places, TEST_WAY, k_shot, inner_loop)
         tutorial = partial(test_in_turn, other, ready[rows], labels, places, y_spt, steps)
         name = (
             f"k-shot test, k = {k_shot}: {len(sets)} support sets, {steps} inner steps, "
             f"{len(rows):,} images to classify"
         )
         passes = len(sets) * (3 * steps * len(y_spt) + len(rows))
-        yield compare(name, project, tutorial, passes)
+        yield compare(
+            name, lambda encoder: partial(adapted_counts, encoder, *test), tutorial, passes
+        )
 
-    project = partial(encode_in_batches, encoder.eval(), bench.images)
-    tutorial = partial(tutorial_style.encode, other.eval(), ready)
-    yield compare(f"features of {bench.queries:,} images", project, tutorial, bench.queries)
+    yield compare(
+        f"features of {bench.queries:,} images",
+        lambda encoder: partial(encode_in_batches, encoder.eval(), bench.images),
+        partial(tutorial_style.encode, other.eval(), ready),
+        bench.queries,
+    )
 
 
 def test_in_turn(encoder, images, labels, sets, y_spt, steps):
@@ -616,6 +635,17 @@ def about_run(bench, gflops, flop, load):
         "its training steps; its test gets the images ready-made",
         f"libraries, in training steps alone, on that DataLoader's images: {libraries or 'none'}",
     ]
+
+
+def about_bfloat16(lines):
+    """Return a line that says what bfloat16 is, and where it is slower than float32."""
+    slower = [
+        name
+        for name, cells, _ in lines
+        if isinstance(cells.get(BFLOAT16), float) and cells[BFLOAT16] > cells[PROJECT]
+    ]
+    where = f"slower than float32 in: {'; '.join(slower)}" if slower else "nowhere slower"
+    return f"bfloat16: the project with --precision=bfloat16, {where}"
 
 
 def machine(device):
