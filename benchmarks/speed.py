@@ -33,6 +33,7 @@ import peers
 import torch
 import torch.nn.functional as F
 import tutorial_style
+from torch.profiler import record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 # The project's root, before the imports from there.
@@ -67,6 +68,9 @@ ROOT = sys.path[0]
 N_WAY, K_SHOT, N_QUERY = 5, 4, 4  # of a training task, as in the trainers
 TEST_WAY = 10  # classes of the k-shot test
 LR_INNER = 0.1  # of the encoder's copy and of the output layer, on all sides
+AUGMENTATION = "augmentation"  # what a profile calls the making of a step's images
+# How many forward passes of one image a ProtoNet step amounts to; a backward pass counts as two.
+PROTONET_PASSES = 3 * N_WAY * (K_SHOT + N_QUERY)
 # Sides of a line; the others are libraries.
 PROJECT, BFLOAT16, TUTORIAL = "project", "project, bfloat16", "tutorial's way"
 # An encoder for very many steps.
@@ -100,11 +104,14 @@ class Config:
 
 
 class Bench:
-    """What the measurements share: device, images, sizes of the pieces of work."""
+    """What the measurements share: device, images, sizes of the pieces of work.
 
-    def __init__(self, cfg):
+    libraries: {name: version} of those to compare with; cuda_graphs: whether steps may use them.
+    """
+
+    def __init__(self, cfg, libraries, cuda_graphs=True):
         self.cfg, self.device = cfg, pick_device(cfg.device)
-        self.libraries = peers.find_libraries()  # {name: version}
+        self.libraries, self.cuda_graphs = libraries, cuda_graphs
         self.gpu = self.device.type != "cpu"
         self.adapt_steps = cfg.adapt_steps or (200 if self.gpu else 20)
         # Tasks of an outer step, queries of a test, fewest steps of the growing adaptation.
@@ -207,7 +214,7 @@ class Episodes:
 
 def main(cfg):
     load = os.getloadavg()[0]
-    bench = Bench(cfg)
+    bench = Bench(cfg, peers.find_libraries())
     memory = memory_table(bench)  # first: what the other measurements free again would hide growth
     gflops, flop = matrix_rate(bench), flop_per_image(bench)
     parts = (protonet_lines, maml_lines, test_lines, process_lines)
@@ -259,6 +266,7 @@ def flop_per_image(bench):
     return counter.get_total_flops() / 40
 
 
+@record_function(AUGMENTATION)
 def make_images(bench, batch, *crops):
     """Return the images of a step, [B, 3, H, W], as the trainers make them."""
     return normalize(augment(bench.resident.images[batch], *crops), bench.mean, bench.std)
@@ -304,9 +312,19 @@ def protomaml_trainer(bench, encoder, tasks, num_inner_steps, output_init="proto
     return tracked(bench, learn_tasks, optimizer)
 
 
+def outer_step_passes(tasks, num_inner_steps, output_init="prototypes"):
+    """Return how many forward passes of one image an outer step amounts to."""
+    # Forward and backward: the support set in every inner step, the queries in the outer one.
+    passes = 3 * (K_SHOT * num_inner_steps + N_QUERY)
+    if output_init == "prototypes":
+        passes += 2 * K_SHOT  # backward through the prototypes; forward was an inner step's
+    return tasks * N_WAY * passes
+
+
 def tracked(bench, learn, optimizer):
     """Return the step as the trainers run it: a CUDA graph on CUDA, loss and accuracy added up."""
-    learn, sums = CudaGraphStep(learn, bench.device), torch.zeros(3, device=bench.device)
+    learn = CudaGraphStep(learn, bench.device, bench.cuda_graphs)
+    sums = torch.zeros(3, device=bench.device)
 
     def run(*inputs):
         loss_and_accuracy = torch.stack(learn(*inputs))
@@ -408,7 +426,7 @@ def protonet_lines(bench):
     }
     sides |= {side: partial(others, step, bench.steps) for side, step in steps.items()}
     name = "ProtoNet step, 5-way 4-shot 4-query"
-    line = bench.line(name, sides, 3 * N_WAY * (K_SHOT + N_QUERY))
+    line = bench.line(name, sides, PROTONET_PASSES)
     yield "data's share of that step", {PROJECT: f"{data[1][PROJECT] / line[1][PROJECT]:.1%}"}, 0
     yield line
 
@@ -420,15 +438,12 @@ def maml_lines(bench):
     lead = 2 * bench.cfg.workers + 1 if bench.gpu else 0
 
     for inner, output_init in itertools.product((1, 5), OUTPUT_INITS):
-        # Forward and backward: the support set in every inner step, the queries in the outer one.
-        passes = 3 * (K_SHOT * inner + N_QUERY)
         if output_init == "prototypes":
             name, encoder = "ProtoMAML", bench.encoder(tutorial_style.make_encoder)
             optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3, weight_decay=0.01)
             options = {"num_tasks": tasks, "num_inner_steps": inner, "lr": LR_INNER}
             step = partial(tutorial_style.protomaml_step, encoder, optimizer, **options)
             steps = {TUTORIAL: step}
-            passes += 2 * K_SHOT  # backward through the prototypes; forward was an inner step's
         else:
             name, steps = "MAML", bench.library_steps(peers.MAML, 1e-3, tasks, inner, LR_INNER)
         sides = {}
@@ -438,7 +453,7 @@ def maml_lines(bench):
         for side, step in steps.items():
             sides[side] = partial(loader_side, bench, batches, step, count, lead)
         name = f"{name} outer step, {tasks} tasks, inner steps: {inner}"
-        yield bench.line(name, sides, tasks * N_WAY * passes)
+        yield bench.line(name, sides, outer_step_passes(tasks, inner, output_init))
         if bench.device.type == "cuda":
             peaks = {side: peak_gpu_memory(run, bench.device) for side, run in sides.items()}
             yield "peak GPU memory of that", peaks, 0

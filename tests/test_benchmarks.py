@@ -1,4 +1,7 @@
-"""What the speed benchmark compares is the same computation, whoever does it."""
+"""What the speed benchmark compares is the same computation; the profile knows what a step does."""
+
+import importlib
+import os
 
 import pytest
 import torch
@@ -7,6 +10,7 @@ import torch.nn.functional as F
 from benchmarks import peers, tutorial_style
 from common.encoder import Encoder
 from common.inner_loop import InnerLoop, adapt, first_order_gradients, hand_over_gradients
+from common.optimizer import make_optimizer
 from common.prototypes import distance_logits, episode_loss, make_prototypes
 from common.samplers import episode_labels
 
@@ -99,6 +103,22 @@ def test_a_librarys_maml_step_gives_the_encoder_the_projects_gradients(library):
     scale = TASKS if library == "learn2learn" else 1
     scaled = [scale * gradient for gradient in gradients(other)]
     torch.testing.assert_close(scaled, gradients(project))
+
+
+def test_the_profiles_groups_leave_little_of_a_step_to_the_rest(monkeypatch):
+    monkeypatch.syspath_prepend(os.path.dirname(peers.__file__))  # where a script finds the others
+    profile_steps = importlib.import_module("profile_steps")
+    encoder = Encoder()
+    optimizer = make_optimizer(encoder.parameters(), 1e-3, 0.01, EPISODE.device)
+
+    def step():
+        loss, _ = episode_loss(encoder(EPISODE), N_WAY, K_SHOT)
+        loss.backward()
+        optimizer.step()
+
+    spent = profile_steps.time_by_group(step, 2, EPISODE.device)
+    assert [group for group, time in spent.items() if not time] == ["augmentation, normalisation"]
+    assert spent[profile_steps.REST] < 0.15 * sum(spent.values())
 
 
 def need(library):
