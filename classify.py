@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common.augment import Views
-from common.checkpoint import ADAPTING, MODEL_NAMES, encoder_of, load_checkpoint
+from common.checkpoint import ADAPTING, ROW_NAMES, encoder_of, load_checkpoint
 from common.config import UserError, require
 from common.data import normalize
 from common.device import pick_device
@@ -109,7 +109,8 @@ def main(cfg):
     unsure = sum(row["probability"] < cfg.unsure for row in rows)
     print(f"unsure, with a probability below {100 * cfg.unsure:g} %: {unsure} of {len(rows)}")
     write_classified(rows, os.path.join(cfg.results_dir, "classified.csv"))
-    draw_contact_sheets(cfg, rows, files, class_names, MODEL_NAMES[checkpoint["model"]])
+    row = checkpoint["model"] + ("_finetuned" if cfg.finetune_steps else "")
+    draw_contact_sheets(cfg, rows, files, class_names, ROW_NAMES[row])
     print(f"table and contact sheets: {cfg.results_dir}{os.sep}")
     return 1 if failures else 0
 
