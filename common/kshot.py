@@ -153,16 +153,15 @@ def adapted_counts(
         return _count(logits, y_qry)
 
     def adapt_and_classify(task, local):
-        if fine_tuned:
+        if isinstance(inner_loop, FineTuning):
             support = task[: n_way * k_shot]
-            return classify(task, *fine_tune(encoder, views, support, n_way, inner_loop, local))
-        x_spt = support_images(task)
-        return classify(
-            task, *adapt(encoder, x_spt, y_spt, n_way, inner_loop, local, attached=False)
-        )
+            adapted = fine_tune(encoder, views, support, n_way, inner_loop, local)
+        else:
+            x_spt = support_images(task)
+            adapted = adapt(encoder, x_spt, y_spt, n_way, inner_loop, local, attached=False)
+        return classify(task, *adapted)
 
-    fine_tuned = isinstance(inner_loop, FineTuning)
-    if in_graph and not fine_tuned:
+    if in_graph and not isinstance(inner_loop, FineTuning):
         models = _adapt_in_graph(
             encoder, own_tasks, support_images, y_spt, n_way, inner_loop, workers
         )
