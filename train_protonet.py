@@ -7,6 +7,7 @@ classes then need no training: their prototypes are enough.
 
     python train_protonet.py                        the tutorial's recipe on CIFAR-100
     python train_protonet.py --recipe=best          from the classifier, 20-way 1-shot episodes
+    python train_protonet.py --init_from=FILE       start from a trained encoder of this project
     python train_protonet.py --dataset=glyphs --epochs=8 --lr=1e-3     the built-in data set
     python train_protonet.py --resume=true          go on after a stop
     python evaluate.py                              then: the k-shot test
