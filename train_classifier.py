@@ -7,14 +7,16 @@ Tian et al. 2020, "Rethinking Few-Shot Image Classification", for the teacher).
 
     python train_classifier.py --recipe=teacher     CIFAR-100: the teacher, from the labels alone
     python train_classifier.py --recipe=best        then: learn from the teacher as well
+    python train_classifier.py --recipe=fine        then: feature maps of twice the height and width
     python train_classifier.py --dataset=glyphs --epochs=8     the built-in data set
     python train_classifier.py --resume=true        go on after a stop
     python evaluate.py                              then: the k-shot test
 
 Writes checkpoints/<dataset>/classifier.pt (best epoch), classifier_last.pt (to resume),
-classifier.csv and classifier_curves.png; `teacher` writes into checkpoints/teacher/<dataset>/. An
-epoch takes about 105 s on 2 CPU cores. 10-way validation accuracy on CIFAR-100: `teacher` 63 %
-after 30 epochs, `best` 66 % after 40.
+classifier.csv and classifier_curves.png; `teacher` and `fine` write into folders of those names. An
+epoch takes about 105 s on 2 CPU cores, one of `fine` 115 s where bfloat16 is fast. 10-way
+validation accuracy on CIFAR-100: `teacher` 63 % after 30 epochs, `best` 66 % after 40, `fine` 69 %
+after 30.
 """
 
 import os
@@ -42,7 +44,7 @@ from common.training_run import TrainingRun
 @dataclass
 class Config:
     # recipe
-    recipe: str = "plain"  # plain (the values below), teacher or best; options override it
+    recipe: str = "plain"  # plain (the values below), teacher, best or fine; options override it
     # data
     dataset: str = "cifar100"  # cifar100, glyphs, or a file or folder of yours in data_dir
     data_dir: str = os.environ.get("PATH_DATASETS", "data")  # folder of the data sets
@@ -61,6 +63,7 @@ class Config:
     n_query: int = 4  # query images per class
     # model
     proto_dim: int = 64  # length of a feature vector and of a prototype
+    stem_stride: int = 2  # of the first convolution; 1: finer feature maps for 4 times the work
     principal_features: bool = False  # keep principal directions in place of the last layer
     # optimizer
     epochs: int = 30  # passes over the training images
@@ -80,6 +83,7 @@ class Config:
     def __post_init__(self):
         require(self, "image_size", least=SMALLEST_IMAGE)
         require(self, "n_way", "batch_size", least=2)
+        require(self, "stem_stride", least=1, most=2)
         require(self, "k_shot", "n_query", "proto_dim", "epochs", least=1)
         require(self, "weight_decay", "steps_per_epoch", "seed", least=0)
         require(self, "label_smoothing", "distillation_weight", "color_jitter", least=0, most=1)
@@ -102,6 +106,13 @@ RECIPES = {
         "epochs": 40,
         "teacher": "checkpoints/teacher/cifar100/classifier.pt",
         "principal_features": True,
+    },
+    "fine": {
+        "teacher": "checkpoints/cifar100/classifier.pt",
+        "stem_stride": 1,
+        "principal_features": True,
+        "precision": "bfloat16",
+        "checkpoint_dir": "checkpoints/fine",
     },
 }
 
@@ -144,7 +155,7 @@ def main(cfg):
     if teacher:
         teacher[0].precision = cfg.precision
     # All features have one learned length; the class prototypes are free.
-    encoder = Encoder(cfg.proto_dim, unit_features=True).to(device)
+    encoder = Encoder(cfg.proto_dim, unit_features=True, stem_stride=cfg.stem_stride).to(device)
     encoder.precision = cfg.precision
     class_prototypes = torch.nn.Embedding(len(data.train.class_names), cfg.proto_dim)
     torch.nn.init.normal_(class_prototypes.weight, std=0.1)

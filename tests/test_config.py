@@ -220,7 +220,7 @@ def test_each_recipe_is_accepted_by_its_script_and_named_in_the_help(script, rec
 def test_without_a_recipe_the_defaults_are_those_of_the_first_recipe():
     found = {script: list(recipes_of(script)) for script in SCRIPTS}
     assert found == {
-        "train_classifier": ["plain", "teacher", "best"],
+        "train_classifier": ["plain", "teacher", "best", "fine"],
         "train_protonet": ["tutorial", "best"],
         "train_protomaml": ["tutorial", "best"],
         "evaluate": ["tutorial", "quick", "best"],

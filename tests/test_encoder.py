@@ -64,11 +64,13 @@ def test_the_weights_follow_the_global_seed():
     [(32, 32), (SMALLEST_IMAGE, SMALLEST_IMAGE), (32, 64), (33, 47), (64, 64), (128, 40)],
     ids=str,
 )
-def test_it_computes_what_torchvisions_densenet_does(size, training):
+@pytest.mark.parametrize("stem_stride", [2, 1])
+def test_it_computes_what_torchvisions_densenet_does(stem_stride, size, training):
     # With the same names in its state, too: the author's checkpoint holds exactly these.
     sizes = {"growth_rate": 4, "block_config": (2, 2, 2, 2), "bn_size": 2, "num_init_features": 8}
     plain = DenseNet(**sizes, num_classes=8).double().train(training)
-    encoder = Encoder(**SMALL).double().train(training)
+    plain.features.conv0.stride = stem_stride
+    encoder = Encoder(**SMALL, stem_stride=stem_stride).double().train(training)
     encoder.load_state_dict(plain.state_dict())
     images = torch.randn(5, 3, *size, dtype=torch.float64)
     direction = torch.randn(5, 8, dtype=torch.float64)

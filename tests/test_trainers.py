@@ -39,8 +39,8 @@ def train(model, glyph_dir, folder, *more):
 def use_tiny_encoder(model, monkeypatch):
     """Let a trainer build a tiny encoder, where what counts is what goes on around it."""
 
-    def new_encoder(proto_dim, unit_features=False):
-        return Encoder(proto_dim, 4, (1, 1, 1, 1), 2, 8, unit_features)
+    def new_encoder(proto_dim, unit_features=False, stem_stride=2):
+        return Encoder(proto_dim, 4, (1, 1, 1, 1), 2, 8, unit_features, stem_stride)
 
     def starting_encoder(cfg, split):
         return new_encoder(cfg.proto_dim)
@@ -198,12 +198,12 @@ def test_protomaml_starts_from_a_classifier_and_frozen_statistics_stay(glyph_dir
             assert (found["state_dict"][name] - tensor).abs().max() < 1e-4, name
 
 
-def test_protonet_starts_from_a_classifier_keeps_its_feature_length_and_can_be_tested(
-    glyph_dir, tmp_path
-):
-    path = train("classifier", glyph_dir, tmp_path, "--steps_per_epoch=3", "--proto_dim=5")
+def test_protonet_starts_from_a_classifier_keeps_its_encoder_and_can_be_tested(glyph_dir, tmp_path):
+    options = ["--steps_per_epoch=3", "--proto_dim=5", "--stem_stride=1"]
+    path = train("classifier", glyph_dir, tmp_path, *options)
     start = load_checkpoint(path)
-    assert (start["encoder"]["proto_dim"], start["encoder"]["unit_features"]) == (5, True)
+    names = ("proto_dim", "unit_features", "stem_stride")
+    assert [start["encoder"][name] for name in names] == [5, True, 1]
     more = [f"--init_from={path}", "--proto_dim=7", "--steps_per_epoch=1", "--lr=1e-6"]
     found_path = train("protonet", glyph_dir, tmp_path, *more)
     found = load_checkpoint(found_path)
