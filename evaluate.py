@@ -35,7 +35,7 @@ from common.checkpoint import (
     encoder_of,
     load_checkpoint,
 )
-from common.config import UserError, require, require_one_of
+from common.config import UserError, require, require_one_of, show
 from common.data import load_dataset, normalize
 from common.device import pick_device
 from common.encoder import PRECISIONS
@@ -102,7 +102,7 @@ class Config:
     domain_finetune_steps: tuple[int, ...] = ()  # on unseen domains; empty: finetune_steps
     domain_finetune_lr: tuple[float, ...] = ()  # on unseen domains; empty: finetune_lr
     # of all that adapts
-    max_support_sets: int = 0  # support sets per k, evenly spread; 0: all
+    max_support_sets: tuple[int, ...] = (0,)  # support sets at most: a number, or one per k; 0: all
     # run
     device: str = "auto"  # auto, cuda, mps or cpu
     precision: str = "float32"  # of the encoder: float32, or bfloat16, faster on some machines
@@ -126,10 +126,10 @@ class Config:
         for name in in_vain:
             if (value := getattr(self, name)) != (default := getattr(Config, name)):
                 raise UserError(
-                    f"{name} is {value}, which does nothing with --protocol={self.protocol}; pass "
-                    f"--{name}={default} or the other protocol"
+                    f"{name} is {show(value)}, which does nothing with --protocol={self.protocol}; "
+                    f"pass --{name}={show(default)} or the other protocol"
                 )
-        for name in (*INNER_LOOP, *FINE_TUNING, *on_domains):
+        for name in (*INNER_LOOP, *FINE_TUNING, *on_domains, "max_support_sets"):
             count, needed = len(getattr(self, name)), getattr(Config, name) != ()
             if count not in (1, len(self.k_shots)) and (count or needed):
                 raise UserError(
@@ -158,7 +158,7 @@ class Config:
 RECIPES = {
     "tutorial": {},
     # A few minutes on a CPU; made the tables in results/glyphs.
-    "quick": {"num_inner_steps": (30,), "max_support_sets": 4},
+    "quick": {"num_inner_steps": (30,), "max_support_sets": (4,)},
     # Made the tables in results/cifar100. Chosen on the validation classes and on glyph_digits; see
     # docs/experiments.md.
     "best": {
@@ -174,7 +174,7 @@ RECIPES = {
         "finetune_lr": (0.0001,),
         "domain_finetune_steps": (40, 160, 320, 320, 320),
         "domain_finetune_lr": (0.001, 0.001, 0.002, 0.002, 0.002),
-        "max_support_sets": 6,
+        "max_support_sets": (30, 30, 12, 6, 6),
     },
 }
 
@@ -373,16 +373,20 @@ def test_settings(cfg, model, checkpoint, position, unseen_domain):
     fine_tuned = model.endswith("_finetuned")
     if model not in ADAPTING and not fine_tuned:
         return other
-    at_k = {}
+
+    def at_k(values):
+        return values[position] if len(values) > 1 else values[0]
+
+    loop = {}
     for name in FINE_TUNING if fine_tuned else INNER_LOOP:
         values = (unseen_domain and getattr(cfg, f"domain_{name}")) or getattr(cfg, name)
         if values:
-            at_k[name] = values[position] if len(values) > 1 else values[0]
+            loop[name] = at_k(values)
     if not fine_tuned:
-        at_k = dataclasses.asdict(InnerLoop.of_training(checkpoint["config"], **at_k))
-    if not episodes and adapts(at_k):
-        other["max_support_sets"] = cfg.max_support_sets
-    return {**at_k, **other}
+        loop = dataclasses.asdict(InnerLoop.of_training(checkpoint["config"], **loop))
+    if not episodes and adapts(loop):
+        other["max_support_sets"] = at_k(cfg.max_support_sets)
+    return {**loop, **other}
 
 
 def prepare_test(cfg, model, path, checkpoint, image_set, device):

@@ -236,7 +236,7 @@ def test_the_quick_test_adapts_in_few_steps_to_few_support_sets():
     evaluate = module_of("evaluate")
     cfg = parse_config(evaluate.Config, ["--recipe=quick"], recipes=evaluate.RECIPES)
     assert sum(cfg.num_inner_steps) < sum(evaluate.Config().num_inner_steps) / 5
-    assert 0 < cfg.max_support_sets < 10
+    assert 0 < cfg.max_support_sets[0] < 10
 
 
 # The help
@@ -393,6 +393,7 @@ OUT_OF_RANGE = [
     ),
     ("evaluate", "--views=0", "views is 0, but at least 1"),
     ("evaluate", "--max_support_sets=-1", "max_support_sets is -1, but at least 0"),
+    ("evaluate", "--max_support_sets=6,6", "max_support_sets has 2 numbers for 5 values of k"),
     ("evaluate", "--epochs=3", "unknown option --epochs"),
     ("evaluate", "--protocol=papers", "protocol is 'papers', but one of tutorial, episodes"),
     ("evaluate", "--n_way=1", "n_way is 1, but at least 2"),

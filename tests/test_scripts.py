@@ -238,8 +238,8 @@ def test_results_of_other_settings_are_not_reused(option, reused, tested, evalua
 def test_a_fine_tuned_model_has_rows_and_settings_of_its_own(evaluate_small, trained, tmp_path):
     folder = tmp_path
     options = ["--finetune=protonet,maml", "--finetune_steps=2,0", "--domain_finetune_lr=0.01"]
-    options += [only("protonet", trained), only("maml", trained), "--max_support_sets=4"]
-    printed = evaluate_small(folder, *options)
+    options += [only("protonet", trained), only("maml", trained), "--max_support_sets=4,2"]
+    printed = evaluate_small(folder, *options, figures=True)
     assert "ProtoNet, fine-tuned" in printed and "MAML, fine-tuned" in printed
     rows = {(row["model"], row["dataset"], row["k_shot"]): row for row in rows_of(folder)}
     for model in ("protonet", "maml"):
