@@ -84,12 +84,18 @@ def tested(trained, glyph_dir, tmp_path_factory):
 
 
 @pytest.fixture
-def evaluate_small(trained, glyph_dir, capsys):
-    """Return a function (results_dir, *options) -> what the small test prints, in this process."""
+def evaluate_small(trained, glyph_dir, capsys, monkeypatch):
+    """Return a function (results_dir, *options) -> what the small test prints, in this process.
 
-    def evaluate_in_process(results_dir, *options, code=0):
+    Without figures, which take longer than all the rest, unless a test asks for them.
+    """
+
+    def evaluate_in_process(results_dir, *options, code=0, figures=False):
         where = [*glyphs(glyph_dir, trained[0]), f"--results_dir={results_dir}"]
-        assert in_process(evaluate, *SMALL_TEST, *where, *options) == code
+        with monkeypatch.context() as patched:
+            if not figures:
+                patched.setattr(evaluate, "draw_figures", lambda *arguments: None)
+            assert in_process(evaluate, *SMALL_TEST, *where, *options) == code
         return capsys.readouterr().out
 
     return evaluate_in_process
@@ -248,6 +254,8 @@ def test_a_fine_tuned_model_has_rows_and_settings_of_its_own(evaluate_small, tra
         settings = rows[f"{model}_finetuned", "glyph_digits", 2]["settings"]
         assert settings == {"finetune_steps": 2, "finetune_lr": 0.01, "max_support_sets": 4}
         assert (folder / f"confusion_{model}_finetuned_glyphs.png").exists()
+        assert rows[f"{model}_finetuned", "glyphs", 2]["num_support_sets"] == 4
+    assert rows["maml", "glyphs", 5]["num_support_sets"] == 2
     # Without steps it is the nearest prototype, over all support sets.
     plain, tuned = (rows[name, "glyphs", 5] for name in ("protonet", "protonet_finetuned"))
     assert tuned["num_support_sets"] == plain["num_support_sets"]
@@ -373,7 +381,7 @@ EPISODES = [*EPISODES.split(), "--num_episodes=6"]
 
 
 def test_random_episodes_are_tested_in_place_of_support_sets(evaluate_small, tmp_path):
-    printed = evaluate_small(tmp_path, *EPISODES)
+    printed = evaluate_small(tmp_path, *EPISODES, figures=True)
     rows = rows_of(tmp_path)
     wanted = itertools.product([*MODEL_NAMES, "pixels"], ["glyphs"], [1, 5])
     assert [(row["model"], row["dataset"], row["k_shot"]) for row in rows] == list(wanted)
@@ -394,7 +402,7 @@ def test_random_episodes_are_tested_in_place_of_support_sets(evaluate_small, tmp
 
 
 def test_episodes_of_one_k_have_no_figure_over_k(trained, evaluate_small, tmp_path):
-    evaluate_small(tmp_path, *EPISODES, "--k_shots=5", only("protonet", trained))
+    evaluate_small(tmp_path, *EPISODES, "--k_shots=5", only("protonet", trained), figures=True)
     assert not list(tmp_path.glob("models_*"))
 
 
