@@ -1,6 +1,6 @@
 """Measure what a step spends its time on: convolutions, BatchNorm and so on, in % of its time.
 
-    python benchmarks/profile_steps.py                on an idle machine; 2 minutes on two CPU cores
+    python benchmarks/profile_steps.py                on an idle machine; 3 minutes on two CPU cores
     python benchmarks/profile_steps.py --quick=true   in small, to see that it runs
 
 The steps are those of speed.py, without CUDA graphs. Their time is measured without the profiler,
