@@ -9,7 +9,7 @@
 Writes accuracy.json, .csv and .md, accuracy per class and the figures into results/. What is
 already there for the same checkpoint, data and settings is not computed again.
 
-On 2 CPU cores the first line takes about 6 minutes. A complete test by nearest prototype takes
+On 2 CPU cores the first line takes about 7 minutes. A complete test by nearest prototype takes
 20 s. ProtoMAML and MAML adapt to every support set, which takes hours; --recipe=quick adapts to
 four per k.
 """
