@@ -159,8 +159,8 @@ RECIPES = {
     "tutorial": {},
     # A few minutes on a CPU; made the tables in results/glyphs.
     "quick": {"num_inner_steps": (30,), "max_support_sets": (4,)},
-    # Made the tables in results/cifar100, with 6 support sets at every k. Chosen on the validation
-    # classes and on glyph_digits; see docs/experiments.md.
+    # Made the tables in results/cifar100. Chosen on the validation classes and on glyph_digits; see
+    # docs/experiments.md.
     "best": {
         "domains": ("mnist",),
         "num_inner_steps": (10, 10, 10, 10, 200),
