@@ -103,6 +103,7 @@ class Config:
     domain_finetune_lr: tuple[float, ...] = ()  # on unseen domains; empty: finetune_lr
     # of all that adapts
     max_support_sets: tuple[int, ...] = (0,)  # support sets at most: a number, or one per k; 0: all
+    domain_max_support_sets: tuple[int, ...] = ()  # on unseen domains; empty: max_support_sets
     # run
     device: str = "auto"  # auto, cuda, mps or cpu
     precision: str = "float32"  # of the encoder: float32, or bfloat16, faster on some machines
@@ -110,26 +111,27 @@ class Config:
     results_dir: str = "results"  # where tables and figures go
 
     def __post_init__(self):
-        on_domains = tuple(f"domain_{name}" for name in (*INNER_LOOP, *FINE_TUNING))
+        per_k = (*INNER_LOOP, *FINE_TUNING, "max_support_sets")
+        per_k += tuple(f"domain_{name}" for name in per_k)
         require(self, "k_shots", "num_inner_steps", "domain_num_inner_steps", least=1)
         require(self, "finetune_steps", "domain_finetune_steps", least=0)
         require(self, "n_query", "num_episodes", "views", least=1)
         require(self, "n_way", least=2)
-        require(self, "max_support_sets", least=0)
-        rates = [name for name in (*INNER_LOOP, *FINE_TUNING, *on_domains) if "lr" in name]
-        require(self, *rates, above=0)
+        require(self, "max_support_sets", "domain_max_support_sets", least=0)
+        require(self, *(name for name in per_k if "lr" in name), above=0)
         require_one_of(self, "classes", ("test", "val"))
         require_one_of(self, "finetune", tuple(MODEL_NAMES))
         require_one_of(self, "precision", PRECISIONS)
         require_one_of(self, "protocol", ("tutorial", "episodes"))
-        in_vain = ("max_support_sets",) if self.protocol == "episodes" else EPISODE
+        support_sets = ("max_support_sets", "domain_max_support_sets")
+        in_vain = support_sets if self.protocol == "episodes" else EPISODE
         for name in in_vain:
             if (value := getattr(self, name)) != (default := getattr(Config, name)):
                 raise UserError(
                     f"{name} is {show(value)}, which does nothing with --protocol={self.protocol}; "
                     f"pass --{name}={show(default)} or the other protocol"
                 )
-        for name in (*INNER_LOOP, *FINE_TUNING, *on_domains, "max_support_sets"):
+        for name in per_k:
             count, needed = len(getattr(self, name)), getattr(Config, name) != ()
             if count not in (1, len(self.k_shots)) and (count or needed):
                 raise UserError(
@@ -174,7 +176,7 @@ RECIPES = {
         "finetune_lr": (0.0001,),
         "domain_finetune_steps": (40, 160, 320, 320, 320),
         "domain_finetune_lr": (0.001, 0.001, 0.002, 0.002, 0.002),
-        "max_support_sets": (30, 30, 12, 6, 6),
+        "domain_max_support_sets": (30, 30, 12, 6, 6),
     },
 }
 
@@ -374,18 +376,16 @@ def test_settings(cfg, model, checkpoint, position, unseen_domain):
     if model not in ADAPTING and not fine_tuned:
         return other
 
-    def at_k(values):
-        return values[position] if len(values) > 1 else values[0]
-
-    loop = {}
-    for name in FINE_TUNING if fine_tuned else INNER_LOOP:
+    def at_k(name):  # None: none is given
         values = (unseen_domain and getattr(cfg, f"domain_{name}")) or getattr(cfg, name)
-        if values:
-            loop[name] = at_k(values)
+        return values[position % len(values)] if values else None
+
+    names = FINE_TUNING if fine_tuned else INNER_LOOP
+    loop = {name: value for name in names if (value := at_k(name)) is not None}
     if not fine_tuned:
         loop = dataclasses.asdict(InnerLoop.of_training(checkpoint["config"], **loop))
     if not episodes and adapts(loop):
-        other["max_support_sets"] = at_k(cfg.max_support_sets)
+        other["max_support_sets"] = at_k("max_support_sets")
     return {**loop, **other}
 
 

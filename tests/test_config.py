@@ -394,6 +394,12 @@ OUT_OF_RANGE = [
     ("evaluate", "--views=0", "views is 0, but at least 1"),
     ("evaluate", "--max_support_sets=-1", "max_support_sets is -1, but at least 0"),
     ("evaluate", "--max_support_sets=6,6", "max_support_sets has 2 numbers for 5 values of k"),
+    ("evaluate", "--domain_max_support_sets=-1", "domain_max_support_sets is -1, but at least 0"),
+    (
+        "evaluate",
+        "--domain_max_support_sets=6,6",
+        "domain_max_support_sets has 2 numbers for 5 values of k",
+    ),
     ("evaluate", "--epochs=3", "unknown option --epochs"),
     ("evaluate", "--protocol=papers", "protocol is 'papers', but one of tutorial, episodes"),
     ("evaluate", "--n_way=1", "n_way is 1, but at least 2"),
@@ -410,10 +416,17 @@ def test_a_value_out_of_range_is_refused_with_the_value_and_the_range(script, op
 
 
 @pytest.mark.parametrize(
-    "option", ["--n_way=4", "--n_query=4", "--num_episodes=9", "--max_support_sets=3"]
+    "option",
+    [
+        "--n_way=4",
+        "--n_query=4",
+        "--num_episodes=9",
+        "--max_support_sets=3",
+        "--domain_max_support_sets=3",
+    ],
 )
 def test_an_option_of_the_other_protocol_is_refused(option):
-    for_episodes = option != "--max_support_sets=3"
+    for_episodes = "support_sets" not in option
     own, other = ("episodes", "tutorial") if for_episodes else ("tutorial", "episodes")
     config_class = module_of("evaluate").Config
     assert parse_config(config_class, [option, f"--protocol={own}"]).protocol == own

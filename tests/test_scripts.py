@@ -245,6 +245,7 @@ def test_a_fine_tuned_model_has_rows_and_settings_of_its_own(evaluate_small, tra
     folder = tmp_path
     options = ["--finetune=protonet,maml", "--finetune_steps=2,0", "--domain_finetune_lr=0.01"]
     options += [only("protonet", trained), only("maml", trained), "--max_support_sets=4,2"]
+    options += ["--domain_max_support_sets=3,1"]
     printed = evaluate_small(folder, *options, figures=True)
     assert "ProtoNet, fine-tuned" in printed and "MAML, fine-tuned" in printed
     rows = {(row["model"], row["dataset"], row["k_shot"]): row for row in rows_of(folder)}
@@ -252,10 +253,12 @@ def test_a_fine_tuned_model_has_rows_and_settings_of_its_own(evaluate_small, tra
         settings = rows[f"{model}_finetuned", "glyphs", 2]["settings"]
         assert settings == {"finetune_steps": 2, "finetune_lr": 0.001, "max_support_sets": 4}
         settings = rows[f"{model}_finetuned", "glyph_digits", 2]["settings"]
-        assert settings == {"finetune_steps": 2, "finetune_lr": 0.01, "max_support_sets": 4}
+        assert settings == {"finetune_steps": 2, "finetune_lr": 0.01, "max_support_sets": 3}
         assert (folder / f"confusion_{model}_finetuned_glyphs.png").exists()
         assert rows[f"{model}_finetuned", "glyphs", 2]["num_support_sets"] == 4
+        assert rows[f"{model}_finetuned", "glyph_digits", 2]["num_support_sets"] == 3
     assert rows["maml", "glyphs", 5]["num_support_sets"] == 2
+    assert rows["maml", "glyph_digits", 5]["num_support_sets"] == 1
     # Without steps it is the nearest prototype, over all support sets.
     plain, tuned = (rows[name, "glyphs", 5] for name in ("protonet", "protonet_finetuned"))
     assert tuned["num_support_sets"] == plain["num_support_sets"]
