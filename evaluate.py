@@ -299,9 +299,8 @@ def test_model(cfg, model, path, checkpoint, image_set, classes, device):
     }
     if missing:
         counts_of = prepare_test(cfg, model, path, checkpoint, image_set, device)
-        title = f"{model} on {image_set.name}"
         adapting = {k: work for k, work in works.items() if adapts(work[0])}
-        progress = Progress(cfg, title, adapting, image_set)
+        progress = Progress(cfg, model, adapting, image_set)
     for k_shot, (row, kept) in missing.items():
         settings, tasks = works[k_shot]
         counts = counts_of(tasks, k_shot, settings, partial(progress.show, k_shot))
@@ -377,7 +376,7 @@ def test_settings(cfg, model, checkpoint, position, unseen_domain):
         return other
 
     def at_k(name):  # None: none is given
-        values = (unseen_domain and getattr(cfg, f"domain_{name}")) or getattr(cfg, name)
+        values = getattr(cfg, option_of(cfg, name, unseen_domain))
         return values[position % len(values)] if values else None
 
     names = FINE_TUNING if fine_tuned else INNER_LOOP
@@ -387,6 +386,12 @@ def test_settings(cfg, model, checkpoint, position, unseen_domain):
     if not episodes and adapts(loop):
         other["max_support_sets"] = at_k("max_support_sets")
     return {**loop, **other}
+
+
+def option_of(cfg, name, unseen_domain):
+    """Return the option that decides a setting: on unseen domains, domain_<name> if it is given."""
+    of_domains = f"domain_{name}"
+    return of_domains if unseen_domain and getattr(cfg, of_domains) else name
 
 
 def prepare_test(cfg, model, path, checkpoint, image_set, device):
@@ -426,18 +431,28 @@ def way_of(cfg, image_set):
     return cfg.n_way if cfg.protocol == "episodes" else len(image_set.class_names)
 
 
+def what_shortens_it(cfg, model, unseen_domain):
+    """Return the options that make a model's tests shorter, as they are typed."""
+    steps = "finetune_steps" if model.endswith("_finetuned") else "num_inner_steps"
+    steps = option_of(cfg, steps, unseen_domain)
+    if cfg.protocol == "episodes":
+        return f"--num_episodes=N or --{steps}=N"
+    sets = option_of(cfg, "max_support_sets", unseen_domain)
+    both = (sets, steps) == ("max_support_sets", "num_inner_steps")
+    return f"--{sets}=N or --{steps}=N" + (" (--recipe=quick sets both)" if both else "")
+
+
 class Progress:
     """Progress bars of a model's tests on a data set; how many adaptations, and about how long.
 
     works: {k: (settings, tasks)} of the tests that adapt.
     """
 
-    def __init__(self, cfg, title, works, image_set):
-        self.title = title
-        self.shorter = "--max_support_sets=N or --num_inner_steps=N (--recipe=quick sets both)"
+    def __init__(self, cfg, model, works, image_set):
+        self.title = f"{model} on {image_set.name}"
+        self.shorter = what_shortens_it(cfg, model, image_set.name != cfg.dataset)
         queries = len(image_set.labels)
         if cfg.protocol == "episodes":
-            self.shorter = "--num_episodes=N or --num_inner_steps=N"
             queries = cfg.n_way * cfg.n_query
         # In forward passes of an image: three per support image and inner step, one per query.
         steps = {
@@ -451,7 +466,7 @@ class Progress:
         if works:
             count = sum(len(tasks) for _, tasks in works.values())
             steps = ", ".join(map(str, sorted(set(steps.values()))))
-            print(f"{title}: {count} adaptations of {steps} steps", flush=True)
+            print(f"{self.title}: {count} adaptations of {steps} steps", flush=True)
 
     def show(self, k_shot, tasks):
         """Yield this process's tasks with a progress bar.
