@@ -155,7 +155,9 @@ def plot_accuracy_over_k(rows, models, title, path):
     axis.set_ylabel("Accuracy in %")
     axis.set_title(f"{title}, {n_way}-way")
     axis.grid(alpha=0.3)
-    axis.legend(title="bars: 95 % interval; band: 1 std", fontsize=8, title_fontsize=8)
+    # Beside the axes: the curves may lie anywhere in them.
+    place = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
+    axis.legend(title="bars: 95 % interval\nband: 1 std", fontsize=8, title_fontsize=8, **place)
     save_figure(figure, path)
 
 
