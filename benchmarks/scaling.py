@@ -1,6 +1,6 @@
 """Measure how several processes share the work of one, on the real scripts.
 
-    python benchmarks/scaling.py                       on an idle machine; 15 minutes on 2 CPU cores
+    python benchmarks/scaling.py                       on an idle machine; 20 minutes on 2 CPU cores
     python benchmarks/scaling.py --processes=1,2,4,8   where there are as many cores, or GPUs
 
 Every process has one CPU thread. A line runs its script with few and with more steps (support sets,
