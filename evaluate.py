@@ -117,14 +117,14 @@ class Config:
         require(self, "finetune_steps", "domain_finetune_steps", least=0)
         require(self, "n_query", "num_episodes", "views", least=1)
         require(self, "n_way", least=2)
-        require(self, "max_support_sets", "domain_max_support_sets", least=0)
+        limits = ("max_support_sets", "domain_max_support_sets")
+        require(self, *limits, least=0)
         require(self, *(name for name in per_k if "lr" in name), above=0)
         require_one_of(self, "classes", ("test", "val"))
         require_one_of(self, "finetune", tuple(MODEL_NAMES))
         require_one_of(self, "precision", PRECISIONS)
         require_one_of(self, "protocol", ("tutorial", "episodes"))
-        support_sets = ("max_support_sets", "domain_max_support_sets")
-        in_vain = support_sets if self.protocol == "episodes" else EPISODE
+        in_vain = limits if self.protocol == "episodes" else EPISODE
         for name in in_vain:
             if (value := getattr(self, name)) != (default := getattr(Config, name)):
                 raise UserError(
@@ -375,9 +375,11 @@ def test_settings(cfg, model, checkpoint, position, unseen_domain):
     if model not in ADAPTING and not fine_tuned:
         return other
 
-    def at_k(name):  # None: none is given
+    def at_k(name):
         values = getattr(cfg, option_of(cfg, name, unseen_domain))
-        return values[position % len(values)] if values else None
+        if not values:
+            return None
+        return values[position] if len(values) > 1 else values[0]
 
     names = FINE_TUNING if fine_tuned else INNER_LOOP
     loop = {name: value for name in names if (value := at_k(name)) is not None}
