@@ -1,13 +1,17 @@
-"""Draw the validation curves of the tutorial's recipes beside its author's, and print a table.
+"""Compare the tutorial's recipes, run whole, with what the tutorial published: figures and tables.
 
     python benchmarks/reproduction.py
 
-Reads checkpoints/tutorial/cifar100/*.csv, which the trainers wrote, and the author's curves, from
-the logs that he published, results/tutorial/author_*.csv. Writes results/tutorial/curves.png and
-curves.svg.
+Reads checkpoints/tutorial/cifar100/*.csv, which the trainers wrote; results/tutorial/accuracy.json,
+which evaluate.py wrote; and the curves of the tutorial's author, from the logs that he published,
+results/tutorial/author_*.csv. Draws results/tutorial/curves and, for each tested data set,
+results/tutorial/compared_<data set>, as PNG and SVG; prints the tables of docs/reproduction.md.
+A few seconds, no data set needed.
 """
 
 import csv
+import json
+import math
 import os
 import sys
 
@@ -15,21 +19,36 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import matplotlib.pyplot as plt
+from scipy import stats
 
 from common.checkpoint import MODEL_NAMES
 from common.figures import STYLES, save_figure
+from common.tutorial import CORRECTED, K_SHOTS, PRINTED, PRINTED_STD
 
 ROOT = sys.path[0]
+RESULTS = os.path.join(ROOT, "results", "tutorial")
+MODELS = ("protonet", "protomaml", "maml")
 EPOCHS = (1, 5, 10, 20, 50, 100, 140, 200)  # of the printed table
+IMAGES_PER_CLASS = {"cifar100": 600, "svhn": 500}  # in the tutorial's tests
 
 
 def main():
+    compare_training()
+    path = os.path.join(RESULTS, "accuracy.json")
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            rows = json.load(file)
+        for dataset in dict.fromkeys(row["dataset"] for row in rows):
+            compare_tests(dataset, [row for row in rows if row["dataset"] == dataset])
+
+
+def compare_training():
+    """Draw and print the validation curves beside the author's."""
     figure, axis = plt.subplots(figsize=(7, 4.2))
-    print(f"{'validation accuracy in % after epoch':<40}" + "".join(f"{e:>7}" for e in EPOCHS))
-    for model in ("protonet", "protomaml", "maml"):
+    print_heading("5-way validation accuracy in % after epoch", [*EPOCHS, "best"])
+    for model in MODELS:
         ours = os.path.join(ROOT, "checkpoints", "tutorial", "cifar100", f"{model}.csv")
-        authors = os.path.join(ROOT, "results", "tutorial", f"author_{model}.csv")
-        name, color = MODEL_NAMES[model], STYLES[model]["color"]
+        authors = os.path.join(RESULTS, f"author_{model}.csv")
         for path, column, whose, line in (
             (ours, "val_accuracy", "here", "-"),
             (authors, "val_acc", "the author's", ":"),
@@ -37,21 +56,96 @@ def main():
             if not os.path.exists(path):
                 continue
             accuracy = read_curve(path, column)
-            axis.plot(*zip(*accuracy.items()), line, color=color, label=f"{name}, {whose}")
-            cells = (f"{accuracy[e]:>7.2f}" if e in accuracy else f"{'-':>7}" for e in EPOCHS)
-            print(f"{f'{name}, {whose} ({len(accuracy)} epochs)':<40}" + "".join(cells))
+            name, color = f"{MODEL_NAMES[model]}, {whose}", STYLES[model]["color"]
+            axis.plot(*zip(*accuracy.items()), line, color=color, label=name)
+            best = max(accuracy, key=accuracy.get)
+            cells = [f"{accuracy[e]:.2f}" if e in accuracy else "-" for e in EPOCHS]
+            print_row(name, [*cells, f"{accuracy[best]:.2f} ({best})"])
     axis.set_xlabel("Epoch")
     axis.set_ylabel("5-way validation accuracy in %")
     axis.grid(alpha=0.3)
     axis.legend()
     figure.tight_layout()
-    save_figure(figure, os.path.join(ROOT, "results", "tutorial", "curves"))
+    save_figure(figure, os.path.join(RESULTS, "curves"))
 
 
 def read_curve(path, column):
     """Return {epoch: accuracy in %}."""
     with open(path, newline="", encoding="utf-8") as file:
         return {int(row["epoch"]): 100 * float(row[column]) for row in csv.DictReader(file)}
+
+
+def compare_tests(dataset, rows):
+    """Draw and print the accuracy over k beside the tutorial's; rows: of accuracy.json."""
+    print_heading(f"10-way accuracy in % on {dataset}, k =", K_SHOTS)
+    here, tutorials = {}, {}  # {model: (accuracies, half-widths of their 95 % intervals)}
+    for model in MODELS:
+        name = MODEL_NAMES[model]
+        of_model = {row["k_shot"]: row for row in rows if row["model"] == model}
+        if (model, dataset) in PRINTED:
+            sets = [IMAGES_PER_CLASS[dataset] // k for k in K_SHOTS]
+            widths = [t_interval(*each) for each in zip(PRINTED_STD[model, dataset], sets)]
+            tutorials[model] = CORRECTED[model, dataset], widths
+            print_row(f"{name}, printed", intervals(PRINTED[model, dataset], widths))
+            print_row(f"{name}, corrected", intervals(*tutorials[model]))
+        if of_model:
+            here[model] = tuple(
+                [100 * of_model[k][quantity] for k in K_SHOTS] for quantity in ("accuracy", "ci95")
+            )
+            print_row(f"**{name}, here**", intervals(*here[model]))
+            if model in tutorials:
+                print_row("difference", differences(here[model], tutorials[model]))
+            print_row("support sets", [str(of_model[k]["num_support_sets"]) for k in K_SHOTS])
+    for whose, results in (("here", here), ("the tutorial's, corrected", tutorials)):
+        if {"protonet", "protomaml"} <= set(results):
+            lead = differences(results["protomaml"], results["protonet"])
+            print_row(f"ProtoMAML's lead over ProtoNet, {whose}", lead)
+    draw_tests(dataset, here, tutorials)
+
+
+def draw_tests(dataset, here, tutorials):
+    """Draw accuracy over k; here and tutorials: {model: (accuracies, half-widths)}."""
+    figure, axis = plt.subplots(figsize=(7, 4.2))
+    for model, (found, widths) in here.items():
+        label = f"{MODEL_NAMES[model]}, here"
+        axis.errorbar(K_SHOTS, found, yerr=widths, capsize=3, label=label, **STYLES[model])
+    for model, (corrected, _) in tutorials.items():
+        label = f"{MODEL_NAMES[model]}, the tutorial's, corrected"
+        axis.plot(K_SHOTS, corrected, ":", color=STYLES[model]["color"], label=label)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(K_SHOTS, map(str, K_SHOTS))
+    axis.minorticks_off()
+    axis.set_xlabel("Support images per class (k)")
+    axis.set_ylabel("10-way accuracy in %")
+    axis.grid(alpha=0.3)
+    axis.legend(title="bars: 95 % interval")
+    figure.tight_layout()
+    save_figure(figure, os.path.join(RESULTS, f"compared_{dataset}"))
+
+
+def t_interval(std, count):
+    """Return the half-width of the 95 % interval of a mean, by Student's t."""
+    return float(stats.t.ppf(0.975, count - 1)) * std / math.sqrt(count)
+
+
+def intervals(means, widths):
+    """Return cells: mean ± half-width."""
+    return [f"{mean:.2f} ± {width:.2f}" for mean, width in zip(means, widths)]
+
+
+def differences(of_one, of_other):
+    """Return cells: difference ± half-width, as if the two were independent."""
+    cells = zip(*of_one, *of_other)
+    return [f"{a - b:+.2f} ± {math.hypot(width, other):.2f}" for a, width, b, other in cells]
+
+
+def print_heading(title, columns):
+    print(f"\n| {title} | " + " | ".join(map(str, columns)) + " |")
+    print("|---|" + "---:|" * len(columns))
+
+
+def print_row(name, cells):
+    print(f"| {name} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

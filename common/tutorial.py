@@ -11,8 +11,15 @@ PRINTED = {
     ("protonet", "svhn"): (18.82, 21.94, 25.59, 29.06, 32.93),
     ("protomaml", "svhn"): (17.11, 21.29, 27.62, 36.17, 46.03),
 }
-# The same with correct predictions divided by the number of queries. Its ProtoNet test divides by
-# too few where k does not divide the number of images of a class; its ProtoMAML test is right.
+# The standard deviation over support sets, which it prints behind each of them.
+PRINTED_STD = {
+    ("protonet", "cifar100"): (3.63, 2.27, 1.30, 1.02, 0.87),
+    ("protomaml", "cifar100"): (3.82, 2.72, 1.50, 1.24, 0.90),
+    ("protonet", "svhn"): (2.28, 2.09, 1.76, 1.84, 1.33),
+    ("protomaml", "svhn"): (1.95, 1.92, 1.84, 1.80, 1.65),
+}
+# The accuracy with correct predictions divided by the number of queries. Its ProtoNet test divides
+# by too few where k does not divide the number of images of a class; its ProtoMAML test is right.
 CORRECTED = {
     **PRINTED,
     ("protonet", "cifar100"): (44.30, 52.07, 57.59, 60.87, 62.80),

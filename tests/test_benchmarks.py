@@ -1,18 +1,20 @@
-"""What the speed benchmark compares is the same computation; the profile knows what a step does."""
+"""The speed benchmark compares like with like; profile and comparison say what they should."""
 
 import importlib
+import json
 import os
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import peers, tutorial_style
+from benchmarks import peers, reproduction, tutorial_style
 from common.encoder import Encoder
 from common.inner_loop import InnerLoop, adapt, first_order_gradients, hand_over_gradients
 from common.optimizer import make_optimizer
 from common.prototypes import distance_logits, episode_loss, make_prototypes
 from common.samplers import episode_labels
+from common.tutorial import CORRECTED, K_SHOTS
 
 N_WAY, K_SHOT, TASKS, INNER_STEPS, LR_INNER = 3, 2, 2, 2, 0.1
 Y = episode_labels(N_WAY, K_SHOT)  # of the support set and of the queries
@@ -119,6 +121,34 @@ def test_the_profiles_groups_leave_little_of_a_step_to_the_rest(monkeypatch):
     spent = profile_steps.time_by_group(step, 2, EPISODE.device)
     assert [group for group, time in spent.items() if not time] == ["augmentation, normalisation"]
     assert spent[profile_steps.REST] < 0.15 * sum(spent.values())
+
+
+def test_the_comparison_with_the_tutorial_has_intervals_for_it_and_for_the_difference(
+    tmp_path, monkeypatch, capsys
+):
+    accuracy = dict(zip(K_SHOTS, CORRECTED["protonet", "cifar100"]))
+    rows = [
+        {
+            "model": "protonet",
+            "dataset": "cifar100",
+            "k_shot": k,
+            "accuracy": (accuracy[k] + 1) / 100,
+            "ci95": 0.003,
+            "num_support_sets": 600 // k,
+        }
+        for k in accuracy
+    ]
+    (tmp_path / "accuracy.json").write_text(json.dumps(rows))
+    monkeypatch.setattr(reproduction, "RESULTS", str(tmp_path))
+    reproduction.main()
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    cells = {line[0].strip("| *"): line[1:] for line in lines}
+    # Of 300 support sets with a std of 3.63: 1.968 * 3.63 / sqrt(300).
+    assert cells["ProtoNet, corrected"][0] == "44.30 ± 0.41"
+    assert cells["ProtoNet, here"][0] == "45.30 ± 0.30"
+    assert cells["difference"][0] == "+1.00 ± 0.51"  # sqrt(0.41 ** 2 + 0.30 ** 2)
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    assert drawn == {"curves.png", "compared_cifar100.png"}
 
 
 def need(library):
