@@ -46,11 +46,10 @@ from common.images import (
     read_labelled,
     shown,
 )
-from common.inner_loop import FineTuning, InnerLoop, adapt, fine_tune
+from common.inner_loop import FineTuning, InnerLoop, adapt_for_test
 from common.kshot import mean_features, spread_evenly
 from common.parallel import Workers
 from common.prototypes import distance_logits
-from common.samplers import episode_labels
 from common.script import run_script
 from common.tables import classified_table, write_classified
 
@@ -222,11 +221,7 @@ def adapted_logits(encoder, views, support, labels, queries, inner_loop, local=N
     """
     n_way, device = len(labels.unique()), queries.device
     chosen = support[equal_shots(labels[support])].to(device)  # [C * K]
-    if isinstance(inner_loop, FineTuning):
-        local, weight, bias = fine_tune(encoder, views, chosen, n_way, inner_loop, local)
-    else:
-        x_spt, y_spt = views.of(chosen), episode_labels(n_way, len(chosen) // n_way, device)
-        local, weight, bias = adapt(encoder, x_spt, y_spt, n_way, inner_loop, local, attached=False)
+    local, weight, bias = adapt_for_test(encoder, views, chosen, n_way, inner_loop, local)
     logits = F.linear(encode_in_batches(local.eval(), queries), weight, bias)
     if not logits.isfinite().all():
         raise UserError(

@@ -135,6 +135,19 @@ def fine_tune(encoder, views, support, n_way, fine_tuning, local=None):
         return local, *prototype_head(make_prototypes(features, n_way))
 
 
+def adapt_for_test(encoder, views, support, n_way, inner_loop, local=None):
+    """Adapt a copy of the encoder to a support set as the InnerLoop or FineTuning says.
+
+    views, support, local and what is returned: as in `fine_tune`. An InnerLoop learns from all
+    views of a support image.
+    """
+    if isinstance(inner_loop, FineTuning):
+        return fine_tune(encoder, views, support, n_way, inner_loop, local)
+    x_spt = views.of(support)
+    y_spt = episode_labels(n_way, len(x_spt) // n_way, x_spt.device)
+    return adapt(encoder, x_spt, y_spt, n_way, inner_loop, local, attached=False)
+
+
 def inner_step(local, weight, bias, x_spt, y_spt, inner_loop, first_pass=None):
     """Take one SGD step, in place, on a copy of the encoder and its output layer.
 

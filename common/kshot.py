@@ -19,7 +19,7 @@ from scipy import stats
 
 from common.config import UserError
 from common.cuda_graph import CudaGraphStep
-from common.inner_loop import FineTuning, adapt, fine_tune, inner_step
+from common.inner_loop import FineTuning, adapt, adapt_for_test, inner_step
 from common.parallel import Workers, gather, share
 from common.prototypes import make_prototypes, prototype_head
 from common.samplers import FewShotBatchSampler, episode_labels
@@ -133,10 +133,6 @@ def adapted_counts(
     workers = Workers(device, len(tasks), encoder)
     batch_size = max(1, (500 if device.type == "cpu" else 2000) // views.count)
     own_tasks = tasks[share()].to(device)
-    y_spt = episode_labels(n_way, k_shot * views.count, device)
-
-    def support_images(task):
-        return views.of(task[: n_way * k_shot])
 
     def classify(task, local, weight, bias):
         _, queries, y_qry = _split_task(task, labels, n_way, k_shot)
@@ -153,18 +149,11 @@ def adapted_counts(
         return _count(logits, y_qry)
 
     def adapt_and_classify(task, local):
-        if isinstance(inner_loop, FineTuning):
-            support = task[: n_way * k_shot]
-            adapted = fine_tune(encoder, views, support, n_way, inner_loop, local)
-        else:
-            x_spt = support_images(task)
-            adapted = adapt(encoder, x_spt, y_spt, n_way, inner_loop, local, attached=False)
-        return classify(task, *adapted)
+        support = task[: n_way * k_shot]
+        return classify(task, *adapt_for_test(encoder, views, support, n_way, inner_loop, local))
 
     if in_graph and not isinstance(inner_loop, FineTuning):
-        models = _adapt_in_graph(
-            encoder, own_tasks, support_images, y_spt, n_way, inner_loop, workers
-        )
+        models = _adapt_in_graph(encoder, views, own_tasks, n_way, k_shot, inner_loop, workers)
         counts = (classify(*model) for model in models)
     else:
         counts = workers.map(adapt_and_classify, own_tasks)
@@ -173,13 +162,13 @@ def adapted_counts(
     return _gather_counts(counts, len(tasks), n_way)
 
 
-def _adapt_in_graph(encoder, tasks, support_images, y_spt, n_way, inner_loop, workers):
+def _adapt_in_graph(encoder, views, tasks, n_way, k_shot, inner_loop, workers):
     """Yield (task, local, weight, bias) for each task, adapted in a CUDA graph.
 
-    support_images: gives a task's support images [n_way * k, 3, H, W]. As many tasks as there are
-    workers learn at a time, all in one graph. The first step is taken outside of it: it belongs to
-    the pass that makes the prototypes.
+    As many tasks as there are workers learn at a time, all in one graph. The first step is taken
+    outside of it: it belongs to the pass that makes the prototypes.
     """
+    y_spt = episode_labels(n_way, k_shot * views.count, tasks.device)
     first_step = dataclasses.replace(inner_loop, num_inner_steps=1)
     states = []  # (local, weight, bias, x_spt) of each worker; the graph is tied to these tensors
 
@@ -191,7 +180,7 @@ def _adapt_in_graph(encoder, tasks, support_images, y_spt, n_way, inner_loop, wo
     step = CudaGraphStep(lambda: tuple(workers.map(take_step, states)), y_spt.device)
     for group in tasks.split(len(workers.copies)):
         for number, task in enumerate(group):
-            x_spt, local = support_images(task), workers.copies[number]
+            x_spt, local = views.of(task[: n_way * k_shot]), workers.copies[number]
             _, weight, bias = adapt(encoder, x_spt, y_spt, n_way, first_step, local, attached=False)
             if number == len(states):
                 states.append((local, weight.requires_grad_(), bias.requires_grad_(), x_spt))
