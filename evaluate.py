@@ -184,9 +184,12 @@ RECIPES = {
 def main(cfg):
     device = pick_device(cfg.device)
     checkpoints = on_first(lambda: load_checkpoints(cfg))
-    image_size = common_image_size(checkpoints)
+    sizes = {path: found["config"].get("image_size", 32) for path, found in checkpoints.values()}
+    image_size = agreed(sizes, "with different --image_size")
     data = on_first(lambda: load_dataset(cfg.dataset, cfg.data_dir, image_size))
-    split = common_split(checkpoints, data)
+    tutorials = split_classes(data.class_names)  # the files of the tutorial carry none
+    splits = {path: found["class_split"] or tutorials for path, found in checkpoints.values()}
+    split = agreed(splits, "on different classes")
 
     default = () if cfg.protocol == "episodes" else DEFAULT_DOMAINS.get(cfg.dataset, ())
     domains = default if cfg.domains == ("auto",) else cfg.domains
@@ -203,15 +206,14 @@ def main(cfg):
 
     rows = []
     for image_set in image_sets:
-        classes = cfg.classes if image_set is image_sets[0] else "all"
         for model, (path, checkpoint) in checkpoints.items():
-            rows += test_model(cfg, model, path, checkpoint, image_set, classes, device)
+            rows += test_model(cfg, model, path, checkpoint, image_set, device)
             if model in cfg.finetune:
                 model = f"{model}_finetuned"
-                rows += test_model(cfg, model, path, checkpoint, image_set, classes, device)
+                rows += test_model(cfg, model, path, checkpoint, image_set, device)
         # Nearest class mean on the normalised pixels: what is to be had without learning.
         path, checkpoint = next(iter(checkpoints.values()))
-        rows += test_model(cfg, "pixels", path, checkpoint, image_set, classes, device)
+        rows += test_model(cfg, "pixels", path, checkpoint, image_set, device)
 
     if is_first():
         published = ()
@@ -254,45 +256,24 @@ def load_checkpoints(cfg):
     return checkpoints
 
 
-def common_image_size(checkpoints):
-    """Return the image_size of the checkpoints' training, which must be the same in all."""
-    sizes = {path: found["config"].get("image_size", 32) for path, found in checkpoints.values()}
-    (first_path, first), *others = sizes.items()
-    for path, size in others:
-        if size != first:
+def agreed(values, how_they_differ):
+    """Return the one value of {path: value}; raise UserError where two checkpoints differ."""
+    (first_path, first), *others = values.items()
+    for path, value in others:
+        if value != first:
             raise UserError(
-                f"{first_path} was trained with --image_size={first} and {path} with {size}, so "
-                "one table cannot hold both; test them one at a time"
+                f"{first_path} and {path} were trained {how_they_differ}, so one table cannot hold "
+                "both; test them one at a time"
             )
     return first
 
 
-def common_split(checkpoints, data):
-    """Return the class split that the checkpoints carry, which must be the same in all.
-
-    The tutorial's files carry none: they were trained on the default one.
-    """
-    default = split_classes(data.class_names)
-    splits = {
-        path: checkpoint["class_split"] or default for path, checkpoint in checkpoints.values()
-    }
-    (first_path, first), *others = splits.items()
-    for path, split in others:
-        if split != first:
-            raise UserError(
-                f"{first_path} and {path} were trained on different classes, so one table cannot "
-                "hold both; test them one at a time"
-            )
-    return first
-
-
-def test_model(cfg, model, path, checkpoint, image_set, classes, device):
+def test_model(cfg, model, path, checkpoint, image_set, device):
     """Return one result row per k.
 
     Each is kept on disk as soon as it is there, and reused by the next run.
     """
-    arguments = (cfg, model, path, checkpoint, image_set, classes)
-    rows, missing = on_first(lambda: kept_results(*arguments))
+    rows, missing = on_first(lambda: kept_results(cfg, model, path, checkpoint, image_set))
     works = {
         k: (row["settings"], draw_tasks(cfg, image_set, k, **row["settings"]))
         for k, (row, _) in missing.items()
@@ -334,20 +315,20 @@ def draw_tasks(cfg, image_set, k_shot, max_support_sets=0, **other_settings):
     return support_sets(labels, k_shot, names, max_support_sets)
 
 
-def kept_results(cfg, model, path, checkpoint, image_set, classes):
+def kept_results(cfg, model, path, checkpoint, image_set):
     """Return {k: result row} of what is kept on disk, and {k: (row without result, path)} else."""
     identity = {
         "protocol": PROTOCOL,
         "model": model,
         "dataset": image_set.name,
-        "classes": classes,
+        "classes": "all" if is_unseen(cfg, image_set) else cfg.classes,
         "trained_on": cfg.dataset,
         "checkpoint_sha256": None if model == "pixels" else sha256(path),
         "data_sha256": image_set.digest(),
     }
     rows, missing = {}, {}
     for position, k_shot in enumerate(cfg.k_shots):
-        settings = test_settings(cfg, model, checkpoint, position, unseen_domain=classes == "all")
+        settings = test_settings(cfg, model, checkpoint, image_set, position)
         row = {**identity, "k_shot": k_shot, "settings": settings}
         key = json.dumps([row, checkpoint["mean"], checkpoint["std"]], sort_keys=True)
         name = f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
@@ -364,8 +345,11 @@ def kept_results(cfg, model, path, checkpoint, image_set, classes):
     return rows, missing
 
 
-def test_settings(cfg, model, checkpoint, position, unseen_domain):
-    """Return what else decides a result: episodes, views, and the inner loop at this k."""
+def test_settings(cfg, model, checkpoint, image_set, position):
+    """Return what else decides a result: episodes, views, and the inner loop at this k.
+
+    position: of k in cfg.k_shots.
+    """
     episodes = cfg.protocol == "episodes"
     other = {name: getattr(cfg, name) for name in ("protocol", *EPISODE)} if episodes else {}
     for name in ("views", "precision"):
@@ -376,7 +360,7 @@ def test_settings(cfg, model, checkpoint, position, unseen_domain):
         return other
 
     def at_k(name):
-        values = getattr(cfg, option_of(cfg, name, unseen_domain))
+        values = getattr(cfg, option_of(cfg, name, image_set))
         if not values:
             return None
         return values[position] if len(values) > 1 else values[0]
@@ -390,10 +374,15 @@ def test_settings(cfg, model, checkpoint, position, unseen_domain):
     return {**loop, **other}
 
 
-def option_of(cfg, name, unseen_domain):
+def is_unseen(cfg, image_set):
+    """Return whether a tested data set is an unseen domain."""
+    return image_set.name != cfg.dataset
+
+
+def option_of(cfg, name, image_set):
     """Return the option that decides a setting: on unseen domains, domain_<name> if it is given."""
     of_domains = f"domain_{name}"
-    return of_domains if unseen_domain and getattr(cfg, of_domains) else name
+    return of_domains if is_unseen(cfg, image_set) and getattr(cfg, of_domains) else name
 
 
 def prepare_test(cfg, model, path, checkpoint, image_set, device):
@@ -433,13 +422,13 @@ def way_of(cfg, image_set):
     return cfg.n_way if cfg.protocol == "episodes" else len(image_set.class_names)
 
 
-def what_shortens_it(cfg, model, unseen_domain):
+def what_shortens_it(cfg, model, image_set):
     """Return the options that make a model's tests shorter, as they are typed."""
     steps = "finetune_steps" if model.endswith("_finetuned") else "num_inner_steps"
-    steps = option_of(cfg, steps, unseen_domain)
+    steps = option_of(cfg, steps, image_set)
     if cfg.protocol == "episodes":
         return f"--num_episodes=N or --{steps}=N"
-    sets = option_of(cfg, "max_support_sets", unseen_domain)
+    sets = option_of(cfg, "max_support_sets", image_set)
     both = (sets, steps) == ("max_support_sets", "num_inner_steps")
     return f"--{sets}=N or --{steps}=N" + (" (--recipe=quick sets both)" if both else "")
 
@@ -452,7 +441,7 @@ class Progress:
 
     def __init__(self, cfg, model, works, image_set):
         self.title = f"{model} on {image_set.name}"
-        self.shorter = what_shortens_it(cfg, model, image_set.name != cfg.dataset)
+        self.shorter = what_shortens_it(cfg, model, image_set)
         queries = len(image_set.labels)
         if cfg.protocol == "episodes":
             queries = cfg.n_way * cfg.n_query
@@ -541,7 +530,7 @@ def draw_figures(cfg, data, split, image_sets, rows):
         of_set = [row for row in rows if row["dataset"] == image_set.name]
         tested = {row["model"] for row in of_set}
         models = [model for model in ROW_NAMES if model in tested]
-        held_out = image_set is image_sets[0]
+        held_out = not is_unseen(cfg, image_set)
         part = {"test": "Test", "val": "Validation"}[cfg.classes] if held_out else "All"
         title = f"{part} classes of {image_set.name}"
         title += variant(vars(cfg))

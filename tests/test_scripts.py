@@ -488,20 +488,20 @@ def test_a_long_test_estimates_its_minutes_once_and_names_what_shortens_it(
 @pytest.mark.parametrize(
     ("model", "domain", "options", "shorter"),
     [
-        ("protomaml", True, {}, "--max_support_sets=N or --num_inner_steps=N (--recipe=quick "),
-        ("protonet_finetuned", False, {}, "--max_support_sets=N or --finetune_steps=N"),
+        ("protomaml", "mnist", {}, "--max_support_sets=N or --num_inner_steps=N (--recipe=quick "),
+        ("protonet_finetuned", "cifar100", {}, "--max_support_sets=N or --finetune_steps=N"),
         (
             "maml",
-            True,
+            "mnist",
             {"domain_max_support_sets": (3,), "domain_num_inner_steps": (9,)},
             "--domain_max_support_sets=N or --domain_num_inner_steps=N",
         ),
-        ("maml", True, {"protocol": "episodes"}, "--num_episodes=N or --num_inner_steps=N"),
+        ("maml", "mnist", {"protocol": "episodes"}, "--num_episodes=N or --num_inner_steps=N"),
     ],
 )
 def test_what_shortens_a_test_is_what_decides_it(model, domain, options, shorter):
-    cfg = evaluate.Config(**options)
-    assert evaluate.what_shortens_it(cfg, model, domain).startswith(shorter)
+    cfg, tested = evaluate.Config(**options), SimpleNamespace(name=domain)
+    assert evaluate.what_shortens_it(cfg, model, tested).startswith(shorter)
 
 
 def test_an_interrupted_test_does_not_wait_for_its_adaptations(trained, glyph_dir, tmp_path):
