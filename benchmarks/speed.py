@@ -7,10 +7,11 @@
 
 The notebook's way is in tutorial_style.py, the libraries' in peers.py. Prints three tables and
 writes them to benchmarks/results/<machine>.md: the speed of each part of the work, how its cost
-grows, memory over many training steps. A few lines of the trainers are repeated here: scripts are
-not imported. Needs Linux or macOS.
+grows, memory over many training steps. What a training step computes is the trainers' own function.
+Needs Linux or macOS.
 """
 
+import dataclasses
 import datetime
 import gc
 import itertools
@@ -27,11 +28,11 @@ import time
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import peers
 import torch
-import torch.nn.functional as F
 import tutorial_style
 from torch.profiler import record_function
 from torch.utils.flop_counter import FlopCounterMode
@@ -39,6 +40,8 @@ from torch.utils.flop_counter import FlopCounterMode
 # The project's root, before the imports from there.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import train_protomaml
+import train_protonet
 from common.augment import EpochBatches, Views, augment
 from common.config import UserError, require
 from common.cuda_graph import CudaGraphStep
@@ -51,21 +54,19 @@ from common.inner_loop import (
     OUTPUT_INITS,
     InnerLoop,
     adapt,
-    first_order_gradients,
     follow_statistics,
     hand_over_gradients,
-    running_statistics,
 )
 from common.kshot import adapted_counts, support_sets
 from common.optimizer import make_optimizer
 from common.parallel import Workers
-from common.prototypes import accuracy, episode_loss
 from common.samplers import FewShotBatchSampler, TaskBatchSampler, episode_labels
 from common.script import run_script
 from common.splits import split_classes
 
 ROOT = sys.path[0]
 N_WAY, K_SHOT, N_QUERY = 5, 4, 4  # of a training task, as in the trainers
+EPISODE = SimpleNamespace(n_way=N_WAY, k_shot=K_SHOT, n_query=N_QUERY)
 TEST_WAY = 10  # classes of the k-shot test
 LR_INNER = 0.1  # of the encoder's copy and of the output layer, on all sides
 AUGMENTATION = "augmentation"  # what a profile calls the making of a step's images
@@ -278,7 +279,7 @@ def protonet_trainer(bench, encoder):
 
     def learn_episode(batch, *crops_and_flips):
         images = make_images(bench, batch, *crops_and_flips)
-        loss, accuracy = episode_loss(encoder(images), N_WAY, K_SHOT)
+        loss, accuracy = train_protonet.solve_episode(EPISODE, encoder, images)
         encoder.zero_grad()
         loss.backward()
         return loss.detach(), accuracy
@@ -290,17 +291,9 @@ def protomaml_trainer(bench, encoder, tasks, num_inner_steps, output_init="proto
     """Return the function that does one outer step of train_protomaml.py."""
     optimizer = make_optimizer(encoder.parameters(), 1e-3, 0.01, bench.device)
     inner_loop = InnerLoop(num_inner_steps, LR_INNER, LR_INNER, output_init)
+    cfg = SimpleNamespace(**vars(EPISODE), **dataclasses.asdict(inner_loop))
+    learn_task = partial(train_protomaml.learn_task, cfg, encoder)
     workers = Workers(bench.device, tasks, encoder)
-
-    def learn_task(images, local):
-        y_spt = episode_labels(N_WAY, K_SHOT, bench.device)  # [N*K]
-        y_qry = episode_labels(N_WAY, N_QUERY, bench.device)  # [N*Q]
-        x_spt, x_qry = images.split([len(y_spt), len(y_qry)])
-        local, weight, bias = adapt(encoder, x_spt, y_spt, N_WAY, inner_loop, local)
-        logits = F.linear(local(x_qry), weight, bias)  # [N*Q, N]
-        loss = F.cross_entropy(logits, y_qry)
-        gradients = first_order_gradients(loss, encoder, local)
-        return loss.detach(), accuracy(logits, y_qry), gradients, running_statistics(local)
 
     def learn_tasks(batch, *crops_and_flips):
         images = make_images(bench, batch, *crops_and_flips).chunk(tasks)

@@ -1,22 +1,27 @@
 """The speed benchmark compares like with like; profile and comparison say what they should."""
 
+import dataclasses
 import importlib
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import train_protomaml
+import train_protonet
 from benchmarks import peers, reproduction, tutorial_style
 from common.encoder import Encoder
-from common.inner_loop import InnerLoop, adapt, first_order_gradients, hand_over_gradients
+from common.inner_loop import InnerLoop, hand_over_gradients
 from common.optimizer import make_optimizer
-from common.prototypes import distance_logits, episode_loss, make_prototypes
+from common.prototypes import distance_logits, make_prototypes
 from common.samplers import episode_labels
 from common.tutorial import CORRECTED, K_SHOTS
 
 N_WAY, K_SHOT, TASKS, INNER_STEPS, LR_INNER = 3, 2, 2, 2, 0.1
+SIZES = SimpleNamespace(n_way=N_WAY, k_shot=K_SHOT, n_query=K_SHOT)
 Y = episode_labels(N_WAY, K_SHOT)  # of the support set and of the queries
 IMAGES = torch.randn(TASKS * 2 * len(Y), 3, 32, 32, generator=torch.Generator().manual_seed(1))
 EPISODE = IMAGES[: 2 * len(Y)]
@@ -40,18 +45,17 @@ def project_maml(output_init):
     """Return the project's encoder with the gradients of an outer step in it, and the last loss."""
     encoder, found = make(Encoder), []
     inner_loop = InnerLoop(INNER_STEPS, LR_INNER, LR_INNER, output_init)
+    cfg = SimpleNamespace(**vars(SIZES), **dataclasses.asdict(inner_loop))
     for task in IMAGES.double().chunk(TASKS):
-        x_spt, x_qry = task.chunk(2)
-        local, weight, bias = adapt(encoder, x_spt, Y, N_WAY, inner_loop)
-        loss = F.cross_entropy(F.linear(local(x_qry), weight, bias), Y)
-        found.append(first_order_gradients(loss, encoder, local))
+        loss, _, of_task, _ = train_protomaml.learn_task(cfg, encoder, task, None)
+        found.append(of_task)
     hand_over_gradients(encoder, found)
     return encoder, loss
 
 
 def test_the_tutorials_protonet_step_is_the_projects():
     project, tutorial = make(Encoder), make(tutorial_style.make_encoder)
-    loss, _ = episode_loss(project(EPISODE.double()), N_WAY, K_SHOT)
+    loss, _ = train_protonet.solve_episode(SIZES, project, EPISODE.double())
     loss.backward()
     optimizer = torch.optim.AdamW(tutorial.parameters())
     other = tutorial_style.protonet_step(tutorial, optimizer, EPISODE.double(), Y.repeat(2))
@@ -73,7 +77,7 @@ def test_the_tutorials_protomaml_step_is_the_projects():
 def test_learn2learns_protonet_step_is_the_projects():
     need("learn2learn")
     project, other = make(Encoder), make(tutorial_style.make_encoder)
-    loss, _ = episode_loss(project(EPISODE.double()), N_WAY, K_SHOT)
+    loss, _ = train_protonet.solve_episode(SIZES, project, EPISODE.double())
     loss.backward()
     found = peers.learn2learn_protonet(other, Y, 1e-3)(EPISODE.double(), None)
     torch.testing.assert_close(found, loss.detach())
@@ -114,7 +118,7 @@ def test_the_profiles_groups_leave_little_of_a_step_to_the_rest(monkeypatch):
     optimizer = make_optimizer(encoder.parameters(), 1e-3, 0.01, EPISODE.device)
 
     def step():
-        loss, _ = episode_loss(encoder(EPISODE), N_WAY, K_SHOT)
+        loss, _ = train_protonet.solve_episode(SIZES, encoder, EPISODE)
         loss.backward()
         optimizer.step()
 

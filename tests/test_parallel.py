@@ -1,26 +1,25 @@
 """Workers: tasks side by side, with the results of one task after another."""
 
+import dataclasses
 import threading
 import time
 from copy import deepcopy
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from common.cuda_graph import WARM_UP, CudaGraphStep
 from common.encoder import Encoder
 from common.inner_loop import (
     OUTPUT_INITS,
     InnerLoop,
-    adapt,
-    first_order_gradients,
     follow_statistics,
     hand_over_gradients,
-    running_statistics,
 )
 from common.parallel import Workers
-from common.samplers import episode_labels
+from train_protomaml import learn_task
 
 CPU = torch.device("cpu")
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -99,15 +98,6 @@ def test_an_error_in_a_task_reaches_the_caller_and_the_workers_live_on(three_thr
 N_WAY, K_SHOT, NUM_TASKS = 3, 2, 5
 
 
-def learn_task(encoder, output_init, images, local):
-    y = episode_labels(N_WAY, K_SHOT, images.device)
-    x_spt, x_qry = images.chunk(2)
-    inner_loop = InnerLoop(2, 0.05, 0.1, output_init)
-    local, weight, bias = adapt(encoder, x_spt, y, N_WAY, inner_loop, local)
-    loss = F.cross_entropy(F.linear(local(x_qry), weight, bias), y)
-    return loss.detach(), first_order_gradients(loss, encoder, local), running_statistics(local)
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("output_init", OUTPUT_INITS)
 def test_tasks_side_by_side_give_the_gradients_of_one_after_another(
@@ -121,17 +111,21 @@ def test_tasks_side_by_side_give_the_gradients_of_one_after_another(
     encoder = encoder.to(device).double()
     images = torch.randn(NUM_TASKS, 2 * N_WAY * K_SHOT, 3, 32, 32, dtype=torch.float64).to(device)
 
+    inner_loop = dataclasses.asdict(InnerLoop(2, 0.05, 0.1, output_init))
+    cfg = SimpleNamespace(n_way=N_WAY, k_shot=K_SHOT, n_query=K_SHOT, **inner_loop)
+
     plain = deepcopy(encoder)  # a fresh copy for each task, as the algorithm is written down
-    results = [learn_task(plain, output_init, task, None) for task in images]
-    losses, gradients, statistics = zip(*results)
+    results = [learn_task(cfg, plain, task, None) for task in images]
+    losses, _, gradients, statistics = zip(*results)
     hand_over_gradients(plain, gradients)
     follow_statistics(plain, statistics)
 
     workers = Workers(device, NUM_TASKS, encoder)
 
     def outer_gradients(images):
-        tasks = workers.map(lambda *task: learn_task(encoder, output_init, *task), images)
-        losses, gradients, statistics = zip(*tasks)
+        losses, _, gradients, statistics = zip(
+            *workers.map(partial(learn_task, cfg, encoder), images)
+        )
         hand_over_gradients(encoder, gradients)
         means = [torch.stack(same).mean(dim=0) for same in zip(*statistics)]
         return torch.stack(losses), *(p.grad for p in encoder.parameters()), *means

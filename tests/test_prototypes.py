@@ -1,12 +1,14 @@
 """Prototypes, squared distances, the linear layer equal to them, the loss of an episode."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import train_protonet
 from common.prototypes import (
     accuracy,
     distance_logits,
@@ -110,12 +112,21 @@ def overlapping_features(n_way, per_class, seed=0):
     return 0.8 * torch.randn(n_way, 6, generator=generator, dtype=torch.float64) + noise
 
 
+def solve_episode(features, n_way, k_shot):
+    """The trainer's episode, from the features of its images."""
+    cfg = SimpleNamespace(n_way=n_way, k_shot=k_shot, n_query=len(features) // n_way - k_shot)
+    return train_protonet.solve_episode(cfg, torch.nn.Identity(), features)
+
+
+@pytest.mark.parametrize("of_episode", [episode_loss, solve_episode])
 @pytest.mark.parametrize("n_way, k_shot, num_query", EPISODES)
-def test_the_loss_of_an_episode_equals_a_loop_over_its_queries(n_way, k_shot, num_query):
+def test_the_loss_of_an_episode_equals_a_loop_over_its_queries(
+    n_way, k_shot, num_query, of_episode
+):
     drawn = overlapping_features(n_way, k_shot + num_query)
     by_class = [part.transpose(0, 1).flatten(0, 1) for part in drawn.split([k_shot, num_query])]
     features = torch.cat(by_class).requires_grad_()  # support, then query, each class by class
-    loss, share = episode_loss(features, n_way, k_shot)
+    loss, share = of_episode(features, n_way, k_shot)
     expected_loss, expected_share = episode_by_hand(features.tolist(), n_way, k_shot)
     assert loss.item() == pytest.approx(expected_loss, rel=1e-12)
     assert share.item() == pytest.approx(expected_share, abs=1e-6)

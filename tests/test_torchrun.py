@@ -225,33 +225,6 @@ def test_the_classifier_follows_the_mean_gradient_of_the_shares(glyph_dir, tmp_p
         assert torch.allclose(together.float(), sum(own) / 2, rtol=1e-5, atol=1e-6)
 
 
-def test_a_step_of_several_episodes_has_the_mean_of_their_gradients(glyph_dir, monkeypatch):
-    options = [*EPISODES, "--dataset=glyphs", f"--data_dir={glyph_dir}", "--episodes_per_step=3"]
-    cfg = parse_config(train_protonet.Config, options)
-    images = data.load_training_data("glyphs", str(glyph_dir), torch.device("cpu"))
-    encoder = train_protonet.starting_encoder(cfg, images.split).train()
-    episodes = torch.randperm(300)[:24].view(3, 8)
-    plain = torch.zeros(24, 4, dtype=torch.int64), torch.zeros(24, dtype=torch.bool)
-    plain[0][:, 2:] = 32  # the whole image
-
-    def gradients(cfg, episodes):
-        workers = train_protonet.Workers(torch.device("cpu"), len(episodes), encoder)
-        views = [numbers[: episodes.numel()] for numbers in plain]
-        before = [buffer.clone() for buffer in encoder.buffers()]
-        result = train_protonet.learn_episodes(
-            cfg, images, encoder, workers, episodes.flatten(), *views
-        )
-        after = [buffer.clone() for buffer in encoder.buffers() if buffer.is_floating_point()]
-        torch._foreach_copy_(list(encoder.buffers()), before)
-        return [*result, *(parameter.grad for parameter in encoder.parameters()), *after]
-
-    found = gradients(cfg, episodes)
-    cfg.episodes_per_step = 1
-    single = [gradients(cfg, episode[None]) for episode in episodes]
-    for together, *alone in zip(found, *single, strict=True):
-        assert (together - sum(alone) / 3).norm() < 1e-4 * max(1, together.norm())
-
-
 def test_the_shares_of_the_processes_are_all_tasks_once(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     shares = []

@@ -1,8 +1,11 @@
-"""The three trainers: learning rates, the classifier's loss, where training starts, memory."""
+"""The three trainers: their steps, options, learning rates, the classifier's loss, memory."""
 
+import dataclasses
 import gc
 import json
 import resource
+import shutil
+from copy import deepcopy
 
 import pytest
 import torch
@@ -11,10 +14,11 @@ import evaluate
 import train_classifier
 import train_protomaml
 import train_protonet
-from common.checkpoint import FORMAT, load_checkpoint, save_checkpoint
+from common.checkpoint import FORMAT, content_digest, load_checkpoint, save_checkpoint
 from common.config import UserError, parse_config
-from common.data import load_training_data
+from common.data import load_dataset, load_training_data
 from common.encoder import Encoder
+from common.parallel import Workers
 from common.training_run import TrainingRun
 
 # Its own options keep a step of each trainer small.
@@ -43,7 +47,9 @@ def use_tiny_encoder(model, monkeypatch):
         return Encoder(proto_dim, 4, (1, 1, 1, 1), 2, 8, unit_features, stem_stride)
 
     def starting_encoder(cfg, split):
-        return new_encoder(cfg.proto_dim)
+        encoder = new_encoder(cfg.proto_dim)
+        encoder.precision = cfg.precision
+        return encoder
 
     if model == "classifier":
         monkeypatch.setattr(train_classifier, "Encoder", new_encoder)
@@ -60,6 +66,147 @@ def watch_steps(monkeypatch, look):
         look(run, loss)
 
     monkeypatch.setattr(TrainingRun, "track", watched)
+
+
+# Steps of several tasks
+
+
+def tasks_of_glyphs(script, glyph_dir, *options):
+    """Return config, data, a tiny encoder, three tasks [3, 8] and views that change nothing."""
+    small = ["--n_way=2", "--k_shot=2", "--n_query=2", "--dataset=glyphs", *options]
+    cfg = parse_config(script.Config, [*small, f"--data_dir={glyph_dir}"])
+    data = load_training_data("glyphs", str(glyph_dir), CPU)
+    encoder = Encoder(8, 4, (1, 1, 1, 1), 2, 8).train()
+    whole = torch.tensor([[0, 0, 32, 32]]).expand(24, 4)
+    return cfg, data, encoder, torch.randperm(300)[:24].view(3, 8), (whole, torch.zeros(24).bool())
+
+
+def statistics_of(encoder):
+    return [buffer.clone() for buffer in encoder.buffers() if buffer.is_floating_point()]
+
+
+def assert_sums(together, single, divisor=1):
+    """together: tensors; single: for each task the same tensors, whose sum over the tasks they are.
+
+    Divided by `divisor`.
+    """
+    for found, *alone in zip(together, *single, strict=True):
+        assert (found - sum(alone) / divisor).norm() < 1e-4 * max(1, found.norm())
+
+
+def test_a_step_of_several_episodes_has_the_mean_of_their_gradients(glyph_dir):
+    cfg, data, encoder, episodes, (boxes, flips) = tasks_of_glyphs(
+        train_protonet, glyph_dir, "--episodes_per_step=3"
+    )
+
+    def learn(cfg, episodes):
+        copy = deepcopy(encoder)
+        count = episodes.numel()
+        workers = Workers(CPU, len(episodes), copy)
+        learned = train_protonet.learn_episodes(
+            cfg, data, copy, workers, episodes.flatten(), boxes[:count], flips[:count]
+        )
+        gradients = [parameter.grad for parameter in copy.parameters()]
+        return [*learned, *gradients, *statistics_of(copy)]
+
+    together = learn(cfg, episodes)
+    cfg.episodes_per_step = 1
+    assert_sums(together, [learn(cfg, episode[None]) for episode in episodes], divisor=3)
+
+
+def test_an_outer_step_has_the_sum_of_the_gradients_of_its_tasks(glyph_dir):
+    cfg, data, encoder, tasks, views = tasks_of_glyphs(train_protomaml, glyph_dir)
+    images = [data.normalize(data.train.images[task]) for task in tasks]
+    single = [train_protomaml.learn_task(cfg, encoder, task, None) for task in images]
+    losses, accuracies, gradients, statistics = zip(*single)
+    workers = Workers(CPU, 3, encoder)
+    found = train_protomaml.learn_tasks(cfg, data, encoder, workers, tasks.flatten(), *views)
+    assert_sums(found, zip(losses, accuracies), divisor=3)
+    assert_sums([parameter.grad for parameter in encoder.parameters()], gradients)
+    assert_sums(statistics_of(encoder), statistics, divisor=3)
+
+
+def test_validation_adapts_to_each_episode_and_leaves_the_encoder_alone(glyph_dir):
+    cfg, data, encoder, episodes, _ = tasks_of_glyphs(train_protomaml, glyph_dir)
+    images = data.normalize(data.train.images)
+    single = [
+        train_protomaml.learn_task(cfg, encoder, images[episode], None)[:2] for episode in episodes
+    ]
+    before = deepcopy(encoder.state_dict())
+    workers = Workers(CPU, 3, encoder)
+    found = train_protomaml.validation_step(cfg, encoder, workers, 2, images, episodes)
+    for values, expected in zip(found, zip(*single), strict=True):
+        torch.testing.assert_close(values, torch.stack(expected), rtol=1e-4, atol=1e-5)
+    assert all(map(torch.equal, before.values(), encoder.state_dict().values()))
+
+
+# Options
+
+OPTIONS = {  # another value for each option that decides what is learned
+    "split": "other.json",
+    "least_crop": 0.5,
+    "color_jitter": 0.6,
+    "label_smoothing": 0.3,
+    "n_way": 3,
+    "k_shot": 1,
+    "n_query": 1,
+    "episodes_per_step": 2,
+    "tasks_per_step": 2,
+    "val_way": 3,
+    "val_episodes": 1,
+    "proto_dim": 4,
+    "stem_stride": 1,
+    "principal_features": "true",
+    "output_init": "zeros",
+    "num_inner_steps": 2,
+    "lr_inner": 0.2,
+    "lr_output": 0.2,
+    "epochs": 1,
+    "batch_size": 12,
+    "lr": 5e-3,
+    "lr_drops": 0.4,
+    "weight_decay": 0.5,
+    "steps_per_epoch": 1,
+    "seed": 1,
+    "precision": "bfloat16",
+}
+# Where a run gets its data, where it computes and where its files go; and what has other tests: a
+# start from a file, a folder's images, how a run goes on.
+OTHERS = set(
+    "recipe dataset data_dir image_size device cuda_graphs checkpoint_dir resume overwrite "
+    "init_from batchnorm teacher distillation_weight temperature".split()
+)
+
+
+def learned(model, glyph_dir, folder, monkeypatch, *more):
+    """Return what a run of a few steps learned: weights, curves, and its classes."""
+    use_tiny_encoder(model, monkeypatch)
+    own = {"protomaml": ["--tasks_per_step=1", "--val_episodes=2"]}.get(model, [])
+    train(model, glyph_dir, folder, "--epochs=2", "--steps_per_epoch=2", *own, *more)
+    (last,) = map(load_checkpoint, folder.glob("glyphs/*_last.pt"))
+    return content_digest([last[name] for name in ("history", "state_dict", "class_split")])
+
+
+@pytest.mark.parametrize("model", TRAINERS)
+def test_every_option_changes_what_is_learned(model, glyph_dir, tmp_path, monkeypatch):
+    names = [field.name for field in dataclasses.fields(TRAINERS[model][0].Config)]
+    assert set(names) <= OPTIONS.keys() | OTHERS
+    classes = load_dataset("glyphs", str(glyph_dir)).class_names
+    monkeypatch.chdir(tmp_path)
+    for name, ends in ("default", (12, 16)), ("other", (11, 16)):  # of training and validation
+        parts = classes[: ends[0]], classes[ends[0] : ends[1]], classes[ends[1] :]
+        split = dict(zip(("train", "val", "test"), parts))
+        (tmp_path / f"{name}.json").write_text(json.dumps(split))
+
+    def learned_with(*options):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        default = "--split=default.json"
+        return learned(model, glyph_dir, tmp_path / "run", monkeypatch, default, *options)
+
+    by_default = learned_with()
+    assert learned_with("--overwrite=true") == by_default
+    options = [f"--{name}={OPTIONS[name]}" for name in names if name in OPTIONS]
+    assert [option for option in options if learned_with(option) == by_default] == []
 
 
 # Learning rates
