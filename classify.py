@@ -11,11 +11,11 @@ classes.
 
 Prints a table, and writes classified.csv and contact sheets of 100 images each, classified.png,
 classified-2.png and so on, into results/classify/. It also tells how much to trust them: each
-support image is classified with the help of the others (leave-one-out), which is a little harder
-than what follows, as one image of its class is missing. With few images per class the probabilities
-are too high: for five validation classes of CIFAR-100, the classifier's average 86 to 88 %, while
-61, 69, 79 and 86 % of the images are classified correctly with 1, 2, 5 and 20 support images per
-class.
+support image, or 20 of them where the model adapts, is classified with the help of all others
+(leave-one-out), which is a little harder, as one image of its class is missing. With few images per
+class the probabilities are too high: for five validation classes of CIFAR-100, the classifier's
+average 86 to 88 %, while 61, 69, 79 and 86 % of the images are classified correctly with 1, 2, 5
+and 20 support images per class.
 
 A classifier or a ProtoNet takes the nearest prototype, the mean of all support images of a class:
 some seconds. Fine-tuned, and always in ProtoMAML and MAML, the model adapts to the support set, and
@@ -157,7 +157,7 @@ def list_files(cfg):
     ignored = [shown(path.name) for path in others if path.is_file() or list_images(path)]
     if ignored:
         names = ", ".join(ignored[:5]) + (", ..." if len(ignored) > 5 else "")
-        print(f"ignored in {folder}, as they are no images or folders of images: {names}")
+        print(f"ignored in {folder}, as only the images directly in it are classified: {names}")
     return {shown(path.name): list_images(path) for path in class_folders}, files
 
 
@@ -234,7 +234,7 @@ def adapted_logits(encoder, views, support, labels, queries, inner_loop, local=N
 def equal_shots(labels):
     """Return positions in `labels`, class by class, of every class as many as the largest has.
 
-    Smaller classes repeat theirs, in order: prototypes of the inner loop are means over these.
+    Smaller classes repeat theirs, in order, and their prototypes are means with repeated images.
     """
     positions = [torch.nonzero(labels == c)[:, 0] for c in labels.unique()]
     largest = max(map(len, positions))

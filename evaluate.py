@@ -41,7 +41,7 @@ from common.device import pick_device
 from common.encoder import PRECISIONS
 from common.figures import plot_accuracy_over_k, plot_confusion, plot_episode, plot_examples
 from common.files import sha256, write_text
-from common.inner_loop import FineTuning, InnerLoop
+from common.inner_loop import MOST_IN_HALF, FineTuning, InnerLoop
 from common.kshot import (
     accuracies,
     adapted_counts,
@@ -71,10 +71,10 @@ class Config:
     recipe: str = "tutorial"  # tutorial (the values below), quick or best; options override it
     # data
     dataset: str = "cifar100"  # the models' training data set; its test classes are tested first
-    domains: tuple[str, ...] = ("auto",)  # unseen domains; auto: svhn, glyph_digits; episodes: none
+    domains: tuple[str, ...] = ("auto",)  # unseen; auto: svhn or glyph_digits, none in episodes
     data_dir: str = os.environ.get("PATH_DATASETS", "data")  # folder of the data sets
     # models
-    checkpoint_dir: str = "checkpoints"  # its folder <dataset> is tested, or the files named here
+    checkpoint_dir: str = "checkpoints"  # its folder <dataset> is tested, unless files are named
     classifier: str = ""  # checkpoint of a classifier
     protonet: str = ""  # checkpoint of a ProtoNet
     maml: str = ""  # checkpoint of a MAML
@@ -445,13 +445,17 @@ class Progress:
         queries = len(image_set.labels)
         if cfg.protocol == "episodes":
             queries = cfg.n_way * cfg.n_query
-        # In forward passes of an image: three per support image and inner step, one per query.
+        # In forward passes of an image: three per support image and step, one per query, each times
+        # the views; but a step of fine-tuning sees two halves of the support set, one view of each.
+        fine_tuned = model.endswith("_finetuned")
+        seen = {k: min(k, 2 * MOST_IN_HALF) if fine_tuned else k * cfg.views for k in works}
         steps = {
             k: settings.get("num_inner_steps", settings.get("finetune_steps"))
             for k, (settings, _) in works.items()
         }
         self.costs = {
-            k: 3 * of_one * way_of(cfg, image_set) * k + queries for k, of_one in steps.items()
+            k: 3 * of_one * way_of(cfg, image_set) * seen[k] + queries * cfg.views
+            for k, of_one in steps.items()
         }
         self.total = sum(self.costs[k] * len(tasks) for k, (_, tasks) in works.items())
         if works:
@@ -532,17 +536,17 @@ def draw_figures(cfg, data, split, image_sets, rows):
         models = [model for model in ROW_NAMES if model in tested]
         held_out = not is_unseen(cfg, image_set)
         part = {"test": "Test", "val": "Validation"}[cfg.classes] if held_out else "All"
-        title = f"{part} classes of {image_set.name}"
-        title += variant(vars(cfg))
+        title = f"{part} classes of {image_set.name}" + variant(vars(cfg))
+        where_tested = title[0].lower() + title[1:]
         in_episodes = cfg.protocol == "episodes"
         if len(cfg.k_shots) > 1 or not in_episodes:
             plot_accuracy_over_k(of_set, models, title, where(f"models_{image_set.name}"))
         if held_out and "protonet" in models and not in_episodes:
             path = where(f"protonet_{image_set.name}")
-            plot_accuracy_over_k(of_set, ["protonet"], f"ProtoNet: {title.lower()}", path)
+            plot_accuracy_over_k(of_set, ["protonet"], f"ProtoNet: {where_tested}", path)
         for row in rows_by_class(cfg, image_set, rows):
             path = where(f"confusion_{row['model']}_{image_set.name}")
-            heading = f"{ROW_NAMES[row['model']]}, k = {row['k_shot']}: {title.lower()}"
+            heading = f"{ROW_NAMES[row['model']]}, k = {row['k_shot']}: {where_tested}"
             plot_confusion(row["confusion"], image_set.class_names, heading, path)
 
 

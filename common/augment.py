@@ -84,7 +84,7 @@ class Views:
         images = self.images[indices]
         boxes, flips = draw_augmentation(len(images), *images.shape[2:], generator, least_scale)
         factors = draw_jitter(len(images), color_jitter, generator)
-        drawn = (numbers.to(images.device) for numbers in (boxes, flips & False, factors))
+        drawn = (numbers.to(images.device) for numbers in (boxes, torch.zeros_like(flips), factors))
         return self.normalize(augment(images, *drawn))
 
 

@@ -14,7 +14,7 @@ class CudaGraphStep:
 
     function: takes tensors of the same shapes at every call, computes on them and on tensors of
     its own without reading a value on the host, and returns a tuple of tensors. What it changes in
-    place (weights, optimizer state) changes at every call, eager or replayed.
+    place (gradients, running statistics) changes at every call, eager or replayed.
     enabled: if False, the function is just called on CUDA, too.
     """
 

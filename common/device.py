@@ -20,7 +20,7 @@ def pick_device(name):
     if name == "auto":
         found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         name = next((name for name, there in found.items() if there), "cpu")
-    if not re.fullmatch(r"cpu|mps|cuda(:\d)?", name):
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise UserError(
             f"there is no device {name!r} here; pass --device=auto, --device=cuda (cuda:1 and so "
             "on), --device=mps or --device=cpu"

@@ -136,8 +136,8 @@ def with_principal_features(encoder, images):
 
     Trained to tell its classes apart, the last layer drops what new classes would need. It is
     replaced by the principal directions of its input: those along which the unit vectors that enter
-    it have the largest mean square, over images [N, 3, H, W] (normalised). Where it is wider than
-    its input, the rest is zero.
+    it have the largest mean square, over images [N, 3, H, W] (normalised). Where there are fewer
+    of these than features (few images, a narrow input), the other features are zero.
     """
     encoder = deepcopy(encoder).eval()
     last, encoder.classifier = encoder.classifier, torch.nn.Identity()

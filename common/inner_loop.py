@@ -118,7 +118,8 @@ def fine_tune(encoder, views, support, n_way, fine_tuning, local=None):
     optimizer = torch.optim.Adam(local.parameters(), fine_tuning.finetune_lr)
     generator = torch.Generator().manual_seed(0)
     by_class = support.view(n_way, -1)  # [N, K]
-    half = max(1, min(by_class.shape[1] // 2, MOST_IN_HALF))  # of one image, both halves are that
+    # Images of a class in each half; its only image is in both.
+    half = max(1, min(by_class.shape[1] // 2, MOST_IN_HALF))
     labels = episode_labels(n_way, half, support.device)  # [N * half]
     for _ in range(fine_tuning.finetune_steps):
         order = torch.rand(by_class.shape, generator=generator).argsort(dim=1).to(support.device)

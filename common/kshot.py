@@ -98,8 +98,8 @@ def nearest_prototype_counts(features, labels, tasks, n_way, k_shot, progress=it
     """Return how each task's queries are classified by nearest prototype.
 
     features [N, D] and labels int64 [N] of all images; tasks int64 [S, n_way * k_shot] or, with
-    queries, [S, n_way * (k_shot + Q)], which several processes share. progress wraps this one's, to
-    show how far the test is.
+    queries, [S, n_way * (k_shot + Q)]; several processes share them. progress wraps this process's
+    tasks, to show how far it is.
     Returns float64 [S, n_way, n_way]: queries of each true class, by predicted class.
     """
     if features.device.type != "mps":  # which has no float64
@@ -157,7 +157,7 @@ def adapted_counts(
         counts = (classify(*model) for model in models)
     else:
         counts = workers.map(adapt_and_classify, own_tasks)
-    # The tasks are there to be counted; zip stops with them.
+    # progress() sees each task go by; zip ends with the last one.
     counts = [each for _, each in zip(progress(own_tasks), counts)]
     return _gather_counts(counts, len(tasks), n_way)
 
@@ -194,7 +194,7 @@ def _adapt_in_graph(encoder, views, tasks, n_way, k_shot, inner_loop, workers):
 def accuracies(counts):
     """Return the accuracy of each task, float64 [S]: correct queries over queries.
 
-    counts [S, n_way, n_way], as the two functions above return them.
+    counts [S, n_way, n_way], as nearest_prototype_counts and adapted_counts return them.
     """
     return counts.diagonal(dim1=1, dim2=2).sum(dim=1) / counts.sum(dim=(1, 2))
 

@@ -2,10 +2,11 @@
 
 The processes of torchrun all run the same script and draw the same random numbers; each computes
 its share of the tasks, and sums over all tasks are exchanged. The first process alone reads and
-writes files. Without torchrun there is one process, and what follows does nothing.
+writes files. Without torchrun there is one process, whose share is everything.
 """
 
 import atexit
+import itertools
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -60,17 +61,19 @@ class Workers:
             self.free_copies.put(copy)
 
     def _on_streams(self, function, items):
+        # As many items as there are streams, then their results: a long test shows how far it is.
         # All streams fork from the current one and join it again, so that a CUDA graph recorded on
         # that one contains them.
-        current, results = torch.cuda.current_stream(), []
-        for stream in self.streams:
-            stream.wait_stream(current)
-        for number, item in enumerate(items):
-            with torch.cuda.stream(self.streams[number % len(self.streams)]):
-                results.append(function(item, self.copies[number % len(self.copies)]))
-        for stream in self.streams:
-            current.wait_stream(stream)
-        return results
+        current, items = torch.cuda.current_stream(), iter(items)
+        while group := list(itertools.islice(items, len(self.streams))):
+            results = []
+            for item, stream, copy in zip(group, self.streams, self.copies):
+                stream.wait_stream(current)
+                with torch.cuda.stream(stream):
+                    results.append(function(item, copy))
+            for stream in self.streams[: len(group)]:
+                current.wait_stream(stream)
+            yield from results
 
 
 def process_count():

@@ -128,7 +128,7 @@ class FewShotBatchSampler:
 
 
 class TaskBatchSampler:
-    """Batches of `batch_size` episodes (tasks), one for each outer step of MAML.
+    """Batches of `batch_size` episodes (tasks), one for each step of the optimizer.
 
     Usable as the batch_sampler of a DataLoader. Takes what FewShotBatchSampler takes and raises
     what it raises. Episodes that do not fill a last batch are dropped.
@@ -140,7 +140,8 @@ class TaskBatchSampler:
         if not len(self):
             raise UserError(
                 f"a batch needs {batch_size} episodes, but the data gives "
-                f"{len(self.batch_sampler)} per epoch; lower the tasks per batch or add images"
+                f"{len(self.batch_sampler)} per epoch; pass fewer --tasks_per_step or "
+                "--episodes_per_step, or add images"
             )
 
     @property

@@ -53,7 +53,8 @@ class TrainingRun:
 
     With several processes the state is the same in all, and the first one reads and writes it.
 
-    cfg: the script's Config; dataset, checkpoint_dir, epochs, resume and overwrite are read here.
+    cfg: the script's Config; dataset, checkpoint_dir, epochs, steps_per_epoch, resume and overwrite
+        are read here.
     model: a key of MODEL_NAMES. encoder, optimizer: trained in place by the script.
     generator: draws episodes and augmentation; a resumed run sets it back to the epoch's start.
     data: the TrainingData; its split, normalisation and digest go into the checkpoints.
@@ -64,7 +65,10 @@ class TrainingRun:
     """
 
     def __init__(self, cfg, model, encoder, optimizer, generator, data, extra_module=None):
-        self.cfg, self.model, self.encoder, self.optimizer = cfg, model, encoder, optimizer
+        # The images of a file keep their size, whatever the option says: tests have to know it.
+        height, width = data.train.images.shape[2:]
+        self.cfg = dataclasses.replace(cfg, image_size=height) if height == width else cfg
+        self.model, self.encoder, self.optimizer = model, encoder, optimizer
         self.generator, self.extra_module = generator, extra_module
         self.data_facts = {
             "class_split": data.split,
@@ -292,8 +296,8 @@ class TrainingRun:
         self.encoder.load_state_dict(last["state_dict"])
         if self.extra_module:
             self.extra_module.load_state_dict(last["extra_module"])
-        # The state comes from the file; how the optimizer works on it (fused, in a CUDA graph) is
-        # this device's affair.
+        # The state comes from the file; how the optimizer works on it (fused or not) is this
+        # device's affair.
         own = self.optimizer.state_dict()["param_groups"]
         saved = last["optimizer"]["param_groups"]
         # In files of the first format a ProtoNet's optimizer ends with an empty parameter.

@@ -14,11 +14,13 @@ from common.checkpoint import (
     content_digest,
     encoder_of,
     load_checkpoint,
+    load_encoder,
     save_checkpoint,
 )
 from common.config import UserError
 from common.data import CIFAR100_MEAN
 from common.encoder import Encoder
+from common.splits import split_classes
 
 
 def contents_of(model="protonet", epoch=2, **config):
@@ -206,6 +208,19 @@ def test_a_lightning_file_loads_as_it_is(hyperparameters, model, tmp_path):
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(encoder_of(contents, "tutorial.ckpt")(images), encoder(images))
+
+
+def test_a_run_starts_from_the_tutorials_file_with_the_tutorials_split_alone(tmp_path):
+    hyperparameters = {"proto_dim": 64}
+    weights = {f"model.{name}": tensor for name, tensor in Encoder().state_dict().items()}
+    lightning = {"pytorch-lightning_version": "1.6", "epoch": 7, "state_dict": weights}
+    torch.save({**lightning, "hyper_parameters": hyperparameters}, tmp_path / "tutorial.ckpt")
+    names = [f"class {number:02}" for number in range(20)]
+    split = split_classes(names)
+    load_encoder(tmp_path / "tutorial.ckpt", split)
+    other = {"train": split["train"][1:], "val": [*split["val"], split["train"][0]]}
+    with pytest.raises(UserError, match="trained on other classes than this run"):
+        load_encoder(tmp_path / "tutorial.ckpt", {**split, **other})
 
 
 # Damage

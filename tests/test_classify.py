@@ -409,7 +409,7 @@ def test_what_is_no_image_or_lies_deeper_is_named_and_ignored(folders, capsys):
     (folders / "images" / "empty").mkdir()
     shutil.copytree(folders / "support" / "c", folders / "images" / "deeper")
     assert run_main(folders) == 0
-    line = "as they are no images or folders of images: deeper, notes.txt\n"
+    line = "as only the images directly in it are classified: deeper, notes.txt\n"
     assert f"ignored in {folders / 'images'}, {line}" in capsys.readouterr().out
     assert len(rows_of(folders)) == QUERIES
 

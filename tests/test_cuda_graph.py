@@ -7,6 +7,7 @@ import torch
 
 from common.cuda_graph import WARM_UP, CudaGraphStep
 from common.optimizer import make_optimizer, set_learning_rate
+from common.parallel import STREAMS, Workers
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -167,3 +168,19 @@ def test_the_optimizer_is_adamw_on_the_gradients_of_a_graph_and_follows_the_lear
         ours.step()
         for a, b in zip(expected, found):
             torch.testing.assert_close(b.detach().cpu(), a.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_results_on_streams_come_while_later_tasks_wait(fake_cuda):
+    started, count = [], 2 * STREAMS + 1
+
+    def begin(item, copy):
+        started.append((item, id(copy)))
+        return item
+
+    results = Workers(CUDA, count, torch.nn.Linear(1, 1)).map(begin, iter(range(count)))
+    for number, result in enumerate(results):
+        assert result == number
+        assert len(started) == min(count, (number // STREAMS + 1) * STREAMS)
+    for first in range(0, count, STREAMS):  # those side by side have a copy each
+        copies = [copy for _, copy in started[first : first + STREAMS]]
+        assert len(set(copies)) == len(copies)

@@ -7,8 +7,10 @@ import resource
 import shutil
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import evaluate
 import train_classifier
@@ -410,6 +412,26 @@ def test_a_start_from_other_classes_is_refused(model, option, glyph_dir, tmp_pat
     # The same file is taken where its classes are those of the run.
     save_checkpoint(path, {**contents, "class_split": split})
     train(model, glyph_dir, tmp_path / "new", f"--{option}={path}", "--steps_per_epoch=1")
+
+
+def test_a_checkpoint_names_the_size_of_the_images_whether_of_a_folder_or_a_file(
+    glyph_dir, tmp_path
+):
+    glyphs = load_dataset("glyphs", str(glyph_dir))
+    images = F.interpolate(glyphs.images.float(), size=(40, 40)).byte().permute(0, 2, 3, 1)
+    arrays = {"images": images.numpy(), "labels": glyphs.labels.numpy()}
+    np.savez(tmp_path / "mine.npz", **arrays, class_names=np.array(glyphs.class_names))
+    where = ["--dataset=mine", f"--data_dir={tmp_path}", "--steps_per_epoch=1"]
+    train("protonet", glyph_dir, tmp_path, *where)
+    train("protonet", glyph_dir, tmp_path, *where, "--epochs=2", "--resume=true")
+    checkpoint = load_checkpoint(tmp_path / "mine" / "protonet.pt")
+    assert checkpoint["config"]["image_size"] == 40
+    # A test reads folders at that size, and a data set of other images is not tested.
+    tested = [*where[:2], f"--checkpoint_dir={tmp_path}", f"--results_dir={tmp_path / 'results'}"]
+    tested += ["--domains=glyph_digits", "--k_shots=2", "--device=cpu"]
+    assert evaluate.main(parse_config(evaluate.Config, tested)) == 1
+    written = (tmp_path / "results" / "accuracy.md").read_text()
+    assert "glyph_digits: not tested." in written and "not 40x40" in written
 
 
 # Memory
