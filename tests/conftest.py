@@ -13,18 +13,13 @@ no_network  no host name resolves within the test, so whatever tries to download
 import socket
 
 import hypothesis
-import numpy as np
 import pytest
+import stress
 import torch
-
-from common.glyphs import draw_glyph_digits, draw_glyphs
 
 # The same examples in every run, none remembered: a failure here is a failure on every machine.
 hypothesis.settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
 hypothesis.settings.load_profile("repeatable")
-
-GLYPH_CLASSES = 20
-IMAGES_PER_CLASS = 24
 
 
 @pytest.fixture(autouse=True)
@@ -36,18 +31,7 @@ def seeded():
 @pytest.fixture(scope="session")
 def glyph_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("glyph_data")
-    images, labels, class_names = draw_glyphs(images_per_class=IMAGES_PER_CLASS)
-    kept = labels < GLYPH_CLASSES
-    np.savez(
-        folder / "glyphs.npz",
-        images=images[kept],
-        labels=labels[kept],
-        class_names=np.array(class_names[:GLYPH_CLASSES]),
-    )
-    images, labels, class_names = draw_glyph_digits(images_per_class=IMAGES_PER_CLASS)
-    np.savez(
-        folder / "glyph_digits.npz", images=images, labels=labels, class_names=np.array(class_names)
-    )
+    stress.make_data(folder)
     return folder
 
 

@@ -11,9 +11,6 @@ from common.splits import PARTS, class_split, split_classes
 
 NAMES = [f"class {number}" for number in range(9)]
 OWN = {"train": NAMES[:5], "val": NAMES[5:7], "test": NAMES[7:]}
-# The ten classes that the tutorial tests on.
-TUTORIALS_TEST = """kangaroo crocodile butterfly shark forest pickup_truck telephone lion worm
-    mushroom"""
 CIFAR100 = """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus
     butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab
     crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard
@@ -30,6 +27,57 @@ def named(class_names, name="photos", split=None):
     return ImageSet(name, torch.zeros(count, 3, 32, 32), torch.arange(count), class_names, split)
 
 
+def test_the_split_of_cifar100_is_the_tutorials():
+    assert len(CIFAR100) == 100 and CIFAR100 == sorted(CIFAR100)
+    split = split_classes(CIFAR100)
+    assert " ".join(split["val"]) == (
+        "caterpillar castle skunk ray bus motorcycle keyboard chimpanzee possum tiger"
+    )
+    assert " ".join(split["test"]) == (
+        "kangaroo crocodile butterfly shark forest pickup_truck telephone lion worm mushroom"
+    )
+    assert len(split["train"]) == 80 and list(split) == list(PARTS)
+    data = named(CIFAR100, "cifar100")
+    assert split == class_split("tutorial", data) == class_split("auto", data)
+
+
+@pytest.mark.parametrize(
+    "count, held_out",
+    [
+        (6, 2),
+        (7, 2),
+        (10, 2),
+        (20, 2),
+        (26, 3),
+        (30, 3),
+        (50, 5),
+        (100, 10),
+        (101, 10),
+        (1000, 100),
+    ],
+)
+def test_every_class_is_in_exactly_one_part_and_the_parts_are_in_proportion(count, held_out):
+    names = [f"class {c}" for c in range(count)]
+    split = split_classes(names)
+    assert sorted(split["train"] + split["val"] + split["test"]) == sorted(names)
+    sizes = [len(split[part]) for part in PARTS]
+    assert sizes == [count - 2 * held_out, held_out, held_out]
+
+
+def test_the_split_follows_its_seed_and_no_other_random_numbers():
+    names = [f"class {c}" for c in range(40)]
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    assert split_classes(names) == split_classes(names, seed=0) != split_classes(names, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_too_few_classes_to_split_are_refused_with_both_numbers(count):
+    with pytest.raises(UserError, match=f"found {count} classes.* 6 "):
+        split_classes([f"class {c}" for c in range(count)])
+
+
 @pytest.mark.parametrize(
     ("wanted", "counts"),
     [("auto", [80, 10, 10]), ("tutorial", [80, 10, 10]), ("cifar_fs", [64, 16, 20])]
@@ -40,12 +88,6 @@ def test_the_named_splits_share_out_all_classes_of_cifar100(wanted, counts):
     assert list(split) == list(PARTS)
     assert [len(split[part]) for part in PARTS] == counts
     assert sorted(sum(split.values(), [])) == sorted(CIFAR100)
-
-
-def test_the_tutorials_split_is_the_default_one_and_tests_on_its_classes():
-    data = named(CIFAR100, "cifar100")
-    assert class_split("tutorial", data) == class_split("auto", data)
-    assert class_split("tutorial", data)["test"] == TUTORIALS_TEST.split()
 
 
 def test_fc100_keeps_superclasses_together():
