@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common.augment import Views
-from common.checkpoint import ADAPTING, ROW_NAMES, encoder_of, load_checkpoint
+from common.checkpoint import ADAPTING, ROW_NAMES, encoder_of, image_shape, load_checkpoint
 from common.config import UserError, require
 from common.data import normalize
 from common.device import pick_device
@@ -42,6 +42,7 @@ from common.images import (
     IMAGE_SUFFIXES,
     list_folder,
     list_images,
+    name_unused,
     read_images,
     read_labelled,
     shown,
@@ -93,7 +94,12 @@ def main(cfg):
     encoder = encoder_of(checkpoint, cfg.model).to(device)
     how = inner_loop_of(cfg, checkpoint)  # None: by nearest prototype
 
-    size = checkpoint["config"].get("image_size", 32)
+    size, width = image_shape(checkpoint)
+    if size != width:
+        raise UserError(
+            f"{cfg.model} was trained on images of {width}x{size} pixels, but photographs are made "
+            "square; pass a model of square images"
+        )
     images, labels, class_names, files, failures = read_labelled(class_files, files, size)
     normalized = partial(normalize, mean=checkpoint["mean"], std=checkpoint["std"])
     support, images = images.to(device).split([len(labels), len(files)])
@@ -145,20 +151,21 @@ def list_files(cfg):
             f"{folder} is the support folder or one of its classes; put the images to classify "
             "into a folder of their own, --images=FOLDER"
         )
-    if folder.resolve() == Path(cfg.results_dir).resolve():
+    results = Path(cfg.results_dir).resolve()
+    if results == folder.resolve() or results.parent == support.resolve():
         raise UserError(
-            f"the contact sheets in {folder} would be classified the next time; pass another "
-            "--results_dir=FOLDER"
+            f"the contact sheets in {cfg.results_dir} would be taken for images the next time; "
+            "pass another --results_dir=FOLDER"
         )
     if not files:
         kinds = ", ".join(IMAGE_SUFFIXES)
         raise UserError(f"{folder} holds no image ({kinds}); put the images to classify there")
-    others = sorted(set(list_folder(folder)) - set(files))
-    ignored = [shown(path.name) for path in others if path.is_file() or list_images(path)]
-    if ignored:
-        names = ", ".join(ignored[:5]) + (", ..." if len(ignored) > 5 else "")
-        print(f"ignored in {folder}, as only the images directly in it are classified: {names}")
-    return {shown(path.name): list_images(path) for path in class_folders}, files
+    class_files = {shown(path.name): list_images(path) for path in class_folders}
+    used = {*files, *class_folders, *(path for own in class_files.values() for path in own)}
+    for each in (folder, support, *class_folders):
+        unused = sorted(set(list_folder(each)) - used)
+        name_unused(each, [path for path in unused if path.is_file() or list_images(path)])
+    return class_files, files
 
 
 def choose_left_out(labels, class_names, most):

@@ -19,6 +19,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -33,14 +34,16 @@ from common.checkpoint import (
     ROW_NAMES,
     content_digest,
     encoder_of,
+    image_shape,
     load_checkpoint,
 )
 from common.config import UserError, require, require_one_of, show
-from common.data import load_dataset, normalize
+from common.data import SOURCES, load_dataset, normalize
 from common.device import pick_device
 from common.encoder import PRECISIONS
 from common.figures import plot_accuracy_over_k, plot_confusion, plot_episode, plot_examples
 from common.files import sha256, write_text
+from common.images import size_text
 from common.inner_loop import MOST_IN_HALF, FineTuning, InnerLoop
 from common.kshot import (
     accuracies,
@@ -184,25 +187,25 @@ RECIPES = {
 def main(cfg):
     device = pick_device(cfg.device)
     checkpoints = on_first(lambda: load_checkpoints(cfg))
-    sizes = {path: found["config"].get("image_size", 32) for path, found in checkpoints.values()}
-    image_size = agreed(sizes, "with different --image_size")
-    data = on_first(lambda: load_dataset(cfg.dataset, cfg.data_dir, image_size))
+    shapes = {path: image_shape(found) for path, found in checkpoints.values()}
+    shape = agreed(shapes, "on images of different sizes")
+    data = on_first(lambda: load_images(cfg, cfg.dataset, shape))
     tutorials = split_classes(data.class_names)  # the files of the tutorial carry none
     splits = {path: found["class_split"] or tutorials for path, found in checkpoints.values()}
     split = agreed(splits, "on different classes")
+    tell_changes(checkpoints, data)
 
     default = () if cfg.protocol == "episodes" else DEFAULT_DOMAINS.get(cfg.dataset, ())
-    domains = default if cfg.domains == ("auto",) else cfg.domains
     image_sets = [data.of_classes(split[cfg.classes])]
+    draw_all_tasks(cfg, image_sets[0])  # raises now rather than after an hour
     failures = {}
-    for domain in domains:
+    for domain in default if cfg.domains == ("auto",) else cfg.domains:
         try:
-            image_sets.append(on_first(partial(load_dataset, domain, cfg.data_dir, image_size)))
+            image_set = on_first(partial(load_images, cfg, domain, shape))
+            draw_all_tasks(cfg, image_set)
+            image_sets.append(image_set)
         except UserError as error:  # the rest is worth having
             failures[domain] = str(error)
-    for image_set in image_sets:
-        for k_shot in cfg.k_shots:  # raises now rather than after an hour
-            draw_tasks(cfg, image_set, k_shot)
 
     rows = []
     for image_set in image_sets:
@@ -214,6 +217,8 @@ def main(cfg):
         # Nearest class mean on the normalised pixels: what is to be had without learning.
         path, checkpoint = next(iter(checkpoints.values()))
         rows += test_model(cfg, "pixels", path, checkpoint, image_set, device)
+    for row in rows:
+        row["tutorials_classes"] = cfg.dataset == "cifar100" and split == tutorials
 
     if is_first():
         published = ()
@@ -225,6 +230,8 @@ def main(cfg):
             path = os.path.join(cfg.results_dir, f"classes_{image_set.name}.csv")
             write_class_table(rows_by_class(cfg, image_set, rows), image_set.class_names, path)
         draw_figures(cfg, data, split, image_sets, rows)
+        if leftovers := older_files(cfg.results_dir):
+            print(f"of an earlier test, not of this one: {', '.join(leftovers)}")
         print(f"tables and figures: {cfg.results_dir}{os.sep}")
     return 1 if failures else 0
 
@@ -266,6 +273,36 @@ def agreed(values, how_they_differ):
                 "both; test them one at a time"
             )
     return first
+
+
+def load_images(cfg, name, shape):
+    """Return the ImageSet `name`; its images must have the size (height, width) of training."""
+    square = shape[0] == shape[1]
+    image_set = load_dataset(name, cfg.data_dir, shape[0] if square else 32)
+    if (found := tuple(image_set.images.shape[2:])) != shape:
+        raise UserError(
+            f"the images of {name} are {size_text(found)} pixels, but the models were trained on "
+            f"{size_text(shape)}; bring them to that size, or put them into a folder"
+        )
+    return image_set
+
+
+def tell_changes(checkpoints, data):
+    """Print which models were trained on other images than the data set of that name has now."""
+    if data.name in SOURCES or not is_first():  # there, the order may differ, not the images
+        return
+    for path, checkpoint in checkpoints.values():
+        if checkpoint["data_digest"] not in (None, data.digest()):
+            print(
+                f"{data.name} has changed since {path} was trained on it: images of the training "
+                "may be among those of the test"
+            )
+
+
+def draw_all_tasks(cfg, image_set):
+    """Raise UserError where the images do not give the tasks of every k."""
+    for k_shot in cfg.k_shots:
+        draw_tasks(cfg, image_set, k_shot)
 
 
 def test_model(cfg, model, path, checkpoint, image_set, device):
@@ -338,7 +375,7 @@ def kept_results(cfg, model, path, checkpoint, image_set):
             rows[k_shot] = found
             print(
                 f"{model} on {image_set.name}, k = {k_shot}: reused, same checkpoint, data and "
-                "settings"
+                f"settings ({kept})"
             )
         else:
             missing[k_shot] = (row, kept)
@@ -548,6 +585,14 @@ def draw_figures(cfg, data, split, image_sets, rows):
             path = where(f"confusion_{row['model']}_{image_set.name}")
             heading = f"{ROW_NAMES[row['model']]}, k = {row['k_shot']}: {where_tested}"
             plot_confusion(row["confusion"], image_set.class_names, heading, path)
+
+
+def older_files(folder):
+    """Return the names of class tables and figures that are older than the table beside them."""
+    names = re.compile(r"(classes|models|protonet|confusion|examples)_.*\.(csv|png|svg)")
+    written = os.path.getmtime(os.path.join(folder, "accuracy.json"))
+    found = filter(names.fullmatch, sorted(os.listdir(folder)))
+    return [name for name in found if os.path.getmtime(os.path.join(folder, name)) < written]
 
 
 def rows_by_class(cfg, image_set, rows):

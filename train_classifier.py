@@ -198,7 +198,7 @@ def main(cfg):
 
 def load_teacher(path, data, device):
     """Return the teacher's encoder and its mean feature of each training class, [C, D]."""
-    encoder = load_encoder(path, data.split).to(device)
+    encoder = load_encoder(path, data).to(device)
     means = []
     for label in range(len(data.train.class_names)):
         images = data.normalize(data.train.images[data.train.labels == label])

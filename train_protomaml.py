@@ -217,7 +217,7 @@ def main(cfg):
         )
     val_images = data.normalize(data.val.images)
 
-    encoder = starting_encoder(cfg, data.split).to(device)
+    encoder = starting_encoder(cfg, data).to(device)
     optimizer = make_optimizer(encoder.parameters(), cfg.lr, cfg.weight_decay, device)
     model = "protomaml" if cfg.output_init == "prototypes" else "maml"
     run = TrainingRun(cfg, model, encoder, optimizer, sampler.generator, data)

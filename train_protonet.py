@@ -171,7 +171,7 @@ def main(cfg):
     val_episodes = validation_episodes(data.val, val_way, cfg.k_shot, cfg.n_query).to(device)
     val_images = data.normalize(data.val.images)
 
-    encoder = starting_encoder(cfg, data.split).to(device)
+    encoder = starting_encoder(cfg, data).to(device)
     optimizer = make_optimizer(encoder.parameters(), cfg.lr, cfg.weight_decay, device)
     run = TrainingRun(cfg, "protonet", encoder, optimizer, sampler.generator, data)
 

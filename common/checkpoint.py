@@ -10,6 +10,7 @@ import torch
 from common.config import UserError
 from common.encoder import Encoder
 from common.files import atomic_file
+from common.images import size_text
 from common.inner_loop import BATCHNORMS, OUTPUT_INITS
 from common.parallel import on_first
 from common.splits import split_classes
@@ -126,12 +127,19 @@ def encoder_of(checkpoint, path):
     return encoder.eval()
 
 
-def load_encoder(path, split):
+def image_shape(checkpoint):
+    """Return (height, width), in pixels, of the images that a checkpoint was trained on."""
+    side = checkpoint["config"].get("image_size", 32)
+    return tuple(checkpoint.get("image_shape", (side, side)))
+
+
+def load_encoder(path, data):
     """Return the encoder in `path`, on the CPU, in eval mode.
 
-    Raises UserError where its training classes are not those of `split`: it may have seen the ones
-    that are held out here.
+    data: the TrainingData of this run. Raises UserError where the encoder was trained on other
+    classes, so that it may have seen the ones that are held out here, or on images of another size.
     """
+    split, shape = data.split, tuple(data.train.images.shape[2:])
     checkpoint = on_first(lambda: load_checkpoint(path))
     # The tutorial's files name no classes: they are the default ones of CIFAR-100, whose names are
     # in alphabetical order.
@@ -141,16 +149,21 @@ def load_encoder(path, split):
             f"{path} was trained on other classes than this run; start from a checkpoint of the "
             "same data set and the same --split"
         )
+    if (trained_on := image_shape(checkpoint)) != shape:
+        raise UserError(
+            f"{path} was trained on images of {size_text(trained_on)} pixels, this run's have "
+            f"{size_text(shape)}; pass --image_size={trained_on[0]}, or start from another file"
+        )
     return encoder_of(checkpoint, path)
 
 
-def starting_encoder(cfg, split):
+def starting_encoder(cfg, data):
     """Return the encoder of `cfg.init_from` if that names a file, else a new one.
 
     A new one has features of `cfg.proto_dim` numbers; it computes in `cfg.precision`. Raises
     UserError as `load_encoder` does.
     """
-    encoder = load_encoder(cfg.init_from, split) if cfg.init_from else Encoder(cfg.proto_dim)
+    encoder = load_encoder(cfg.init_from, data) if cfg.init_from else Encoder(cfg.proto_dim)
     encoder.precision = cfg.precision
     return encoder
 
@@ -234,8 +247,9 @@ def _check_contents(contents, path):
         for name, allowed in (("output_init", OUTPUT_INITS), ("batchnorm", BATCHNORMS)):
             if config.get(name, allowed[0]) not in allowed:
                 wrong.append(name)
-    image_size = contents["config"].get("image_size", 32) if not wrong else 32
-    if not (isinstance(image_size, int) and image_size > 0):
+    if not wrong and not _is_shape(contents.get("image_shape", [32, 32])):
+        wrong.append("image_shape")
+    if not wrong and not _is_shape(2 * [contents["config"].get("image_size", 32)]):
         wrong.append("image_size")
     if wrong:
         raise UserError(
@@ -250,6 +264,14 @@ def _check_contents(contents, path):
 
 def _usable_numbers(*values):
     return all(isinstance(value, (int, float)) and abs(value) < 1e9 for value in values)
+
+
+def _is_shape(shape):
+    return (
+        isinstance(shape, (tuple, list))
+        and len(shape) == 2
+        and all(isinstance(side, int) and side > 0 for side in shape)
+    )
 
 
 def _is_split(split):

@@ -6,6 +6,7 @@ import difflib
 import inspect
 import io
 import math
+import os
 import re
 import tokenize
 from typing import get_args, get_origin
@@ -165,12 +166,17 @@ def _reader(kind):
             return tuple(item(word.strip()) for word in text.split(",")) if text.strip() else ()
 
     else:
-        read = {bool: _read_bool, float: _read_float}.get(kind)
+        read = {bool: _read_bool, float: _read_float, str: _read_str}.get(kind)
     if not read:
         return kind
     # argparse words its message with the reader's __name__: "invalid float value: 'abc'".
     read.__name__ = type_name(kind)
     return read
+
+
+def _read_str(text):
+    # In --name=~/folder the shell leaves the ~ as it is.
+    return os.path.expanduser(text) if text.startswith("~/") else text
 
 
 def _read_bool(text):

@@ -21,7 +21,17 @@ import torchvision
 from common.config import UserError
 from common.files import atomic_file
 from common.glyphs import draw_glyph_digits, draw_glyphs
-from common.images import IMAGE_SUFFIXES, list_folder, list_images, original_size, read_images
+from common.images import (
+    IMAGE_SUFFIXES,
+    list_folder,
+    list_images,
+    name_copies,
+    name_unused,
+    original_size,
+    read_images,
+    shown,
+    size_text,
+)
 from common.parallel import on_first
 from common.splits import PARTS, check_split, class_split
 
@@ -128,10 +138,17 @@ def load_dataset(name, data_dir, image_size=32):
     # Not for the names in SOURCES: torchvision keeps its files in a folder MNIST, which a file
     # system that ignores case finds as mnist, too.
     has_folder = folder.is_dir() and name not in SOURCES
+    if name in SOURCES and folder.is_dir() and any(map(list_images, _folders_in(folder))):
+        raise UserError(
+            f"{name} is a built-in data set, and the images in {folder} are not it; rename the "
+            "folder and pass its name as --dataset"
+        )
     data = made_from = None
     if file.exists():
         data, made_from = _read_npz(name, file)
         if not (made_from and has_folder):  # the user's own file, or all that is left
+            if has_folder:
+                print(f"{file} is used, not the folder {folder}; remove the one that is not meant")
             return _check_size(data, image_size, file)
     if has_folder:
         return _read_folder(name, folder, image_size, file, data, made_from)
@@ -235,7 +252,7 @@ def _read_folder(name, folder, image_size, file, kept, made_from):
     made_from: the state of the folder when `kept` was read from it.
     """
     class_folders, parts = _class_folders(folder)
-    class_names = [path.name for path in class_folders]
+    class_names = [shown(path.name) for path in class_folders]
     split = None if parts is None else _split_of(class_names, parts, folder)
     files = [_images_of_class(path) for path in class_folders]
     paths = [path for own in files for path in own]
@@ -244,7 +261,10 @@ def _read_folder(name, folder, image_size, file, kept, made_from):
         return kept
     if made_from:
         print(f"{folder}, or --image_size, changed since {file} was made; reading the images again")
+    every_path = [path for each in (folder, *class_folders) for path in list_folder(each)]
+    name_unused(folder, sorted({*every_path} - {*paths, *class_folders, *_folders_in(folder)}))
     images = read_images(paths, image_size, str(folder))
+    name_copies(images, paths)
     labels = np.repeat(np.arange(len(files)), [len(own) for own in files]).astype(np.int64)
     data = _image_set(name, images, labels, class_names, folder)
     data.split = split
@@ -263,14 +283,18 @@ def _read_folder(name, folder, image_size, file, kept, made_from):
 
 def _class_folders(folder):
     """Return the folders of the classes, and the part of each class where there are parts."""
-    found = [path for path in list_folder(folder) if path.is_dir()]
+    found = _folders_in(folder)
     if not found:
         where = f"{folder}/<class>/"
         raise UserError(f"{folder} holds no class: put the images of each class into {where}")
     if {path.name for path in found} != set(PARTS):
         return found, None
-    found = [path for part in PARTS for path in list_folder(folder / part) if path.is_dir()]
+    found = [path for part in PARTS for path in _folders_in(folder / part)]
     return found, [path.parent.name for path in found]
+
+
+def _folders_in(folder):
+    return [path for path in list_folder(folder) if path.is_dir()]
 
 
 def _images_of_class(class_folder):
@@ -317,16 +341,12 @@ def _split_of(class_names, parts, source):
     return split
 
 
-def _size(shape):
-    return f"{shape[1]}x{shape[0]} pixels"
-
-
 def _check_size(data, image_size, file):
     """Return the ImageSet of a file, whose images keep their size, or raise UserError."""
-    height, width = data.images.shape[2:]
-    if image_size != 32 and (height, width) != (image_size, image_size):
+    shape = tuple(data.images.shape[2:])
+    if image_size != 32 and shape != (image_size, image_size):
         raise UserError(
-            f"images are {width}x{height} in {file}, not {image_size}x{image_size}; --image_size "
+            f"images are {size_text(shape)} in {file}, not {image_size}x{image_size}; --image_size "
             "changes only images in a folder: put them into one, or train without it"
         )
     return data
@@ -337,8 +357,8 @@ def _image_set(name, images, labels, class_names, source=None):
     count = len(class_names)
     if min(images.shape[1:3]) < SMALLEST_IMAGE:
         raise UserError(
-            f"{source}: images are {_size(images.shape[1:])}, but the encoder needs at least "
-            f"{SMALLEST_IMAGE}x{SMALLEST_IMAGE}; enlarge or pad them (32x32 is usual)"
+            f"{source}: images are {size_text(images.shape[1:])} pixels, but the encoder needs at "
+            f"least {SMALLEST_IMAGE}x{SMALLEST_IMAGE}; enlarge or pad them (32x32 is usual)"
         )
     if len(set(class_names)) != count or count < 2:
         raise UserError(

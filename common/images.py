@@ -1,6 +1,7 @@
 """A user's photographs: which there are, and their pixels in one size."""
 
 import contextlib
+import hashlib
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,32 @@ def list_folder(folder):
 def list_images(folder):
     """Return the paths of a folder's images, sorted. Raises UserError as `list_folder` does."""
     return [path for path in list_folder(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
+
+
+def name_unused(folder, paths):
+    """Print what of a folder's paths is not used, if any."""
+    if paths:
+        names = ", ".join(shown(path.relative_to(folder)) for path in paths[:5])
+        more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
+        print(f"not used in {folder}: {names}{more}")
+
+
+def name_copies(images, paths):
+    """Print how many images [N, S, S, 3] have the pixels of an earlier one, if any."""
+    first, copies = {}, []
+    for image, path in zip(images, paths):
+        earlier = first.setdefault(hashlib.sha256(image).digest(), path)
+        copies += [(path, earlier)] if earlier != path else []
+    if copies:
+        print(
+            f"{len(copies)} of {len(images)} images are copies of others, {shown(copies[0][0])} of "
+            f"{shown(copies[0][1])} for example: accuracy will be too high; remove them"
+        )
+
+
+def size_text(shape):
+    """Return a size (height, width) as it is usually written, width first."""
+    return f"{shape[1]}x{shape[0]}"
 
 
 def shown(name):
@@ -117,6 +144,7 @@ def read_labelled(class_files, files, size):
         f"{fewest if fewest == most else f'{fewest} to {most}'} of each; images to classify: "
         f"{len(left)}; all brought to {size}x{size} pixels"
     )
+    name_copies(images, [path for path in paths if path not in errors])
     labels = torch.arange(len(counts)).repeat_interleave(counts)
     return torch.from_numpy(images).permute(0, 3, 1, 2), labels, list(shots), left, len(errors)
 
@@ -143,7 +171,10 @@ def _as_rgb(image):
         raise ValueError("its pixels are floats, not 8 or 16 bits")
     if image.mode.startswith("I"):  # 16 bits of grey, which convert() would cut off at 255
         shades = np.asarray(image)
-        shades = shades // 256 if shades.max() > 255 else shades
+        if (brightest := shades.max()) > 255:
+            if not 2**14 <= brightest < 2**16:  # 12 bits, for example: nearly black
+                raise ValueError(f"its shades run to {brightest}, not to 255 or to 65535")
+            shades = shades // 256
         image = Image.fromarray(shades.clip(0, 255).astype(np.uint8))
     elif image.has_transparency_data:
         image = image.convert("RGBA")

@@ -1,6 +1,7 @@
 """A script's start and end: command line in, exit code out, one line for an error."""
 
 import inspect
+import io
 import os
 import sys
 import threading
@@ -20,6 +21,8 @@ def run_script(main, config_class, recipes=None):
     script = os.path.basename(sys.argv[0])
     if not is_first():
         sys.stdout = open(os.devnull, "w")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a class may be named in any script
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         doc = inspect.getmodule(main).__doc__
         cfg = parse_config(config_class, sys.argv[1:], script, doc, recipes)

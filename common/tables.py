@@ -23,8 +23,9 @@ NOTE = (
 def text_table(rows, failures, published=()):
     """Return the results as a table of fixed width.
 
-    failures: {data set: what is wrong and what to do}. published: rows of common/published.py, a
-    table of their own below.
+    rows: of evaluate.py; tutorials_classes says whether the model was trained on the tutorial's
+    classes. failures: {data set: what is wrong and what to do}. published: rows of
+    common/published.py, a table of their own below.
     """
     lines = _text_lines(_cells(rows))
     lines += [f"{name}: not tested. {reason}" for name, reason in failures.items()]
@@ -50,10 +51,11 @@ def write_tables(rows, failures, folder, published=()):
     What the rows say of single classes is left to `write_class_table`. Raises UserError where
     writing fails.
     """
-    rows = [{name: row[name] for name in row if name != "confusion"} for row in rows]
-    write_text(os.path.join(folder, "accuracy.json"), json.dumps(rows, indent=1) + "\n")
-    columns = [name for name in rows[0] if name != "settings"]
-    _write_csv(os.path.join(folder, "accuracy.csv"), columns, rows)
+    left_out = ("confusion", "tutorials_classes")
+    kept = [{name: row[name] for name in row if name not in left_out} for row in rows]
+    write_text(os.path.join(folder, "accuracy.json"), json.dumps(kept, indent=1) + "\n")
+    columns = [name for name in kept[0] if name != "settings"]
+    _write_csv(os.path.join(folder, "accuracy.csv"), columns, kept)
     write_text(os.path.join(folder, "accuracy.md"), markdown_table(rows, failures, published))
 
 
@@ -157,9 +159,8 @@ def _published_cells(published):
 
 
 def _tutorial(numbers, row):
-    # The tutorial's models were trained on CIFAR-100 and tested on ten classes, none of them for
-    # validation: no other row is comparable.
-    if row["trained_on"] != "cifar100" or row["classes"] == "val" or row["n_way"] != 10:
+    # Numbers of models that were trained or tested on other classes are not comparable.
+    if not row["tutorials_classes"] or row["classes"] == "val":
         return "-"
     known = tutorial.accuracy(numbers, row["model"], row["dataset"], row["k_shot"])
     return "-" if known is None else f"{known:.2f}"

@@ -8,6 +8,7 @@ import contextlib
 import csv
 import dataclasses
 import io
+import itertools
 import math
 import os
 import re
@@ -30,7 +31,7 @@ from common.checkpoint import (
 )
 from common.config import UserError
 from common.figures import plot_training_curves
-from common.files import atomic_file, write_text
+from common.files import atomic_file, sha256, write_text
 from common.optimizer import set_learning_rate
 from common.parallel import agree, is_first, on_first, process_count
 
@@ -57,7 +58,8 @@ class TrainingRun:
         are read here.
     model: a key of MODEL_NAMES. encoder, optimizer: trained in place by the script.
     generator: draws episodes and augmentation; a resumed run sets it back to the epoch's start.
-    data: the TrainingData; its split, normalisation and digest go into the checkpoints.
+    data: the TrainingData; its split, size of images, normalisation and digest go into the
+        checkpoints.
     extra_module: trained with the encoder and not used afterwards; only `_last.pt` carries it.
 
     Raises UserError where an unfinished run is found and neither resume nor overwrite is given, or
@@ -65,13 +67,11 @@ class TrainingRun:
     """
 
     def __init__(self, cfg, model, encoder, optimizer, generator, data, extra_module=None):
-        # The images of a file keep their size, whatever the option says: tests have to know it.
-        height, width = data.train.images.shape[2:]
-        self.cfg = dataclasses.replace(cfg, image_size=height) if height == width else cfg
-        self.model, self.encoder, self.optimizer = model, encoder, optimizer
+        self.cfg, self.model, self.encoder, self.optimizer = cfg, model, encoder, optimizer
         self.generator, self.extra_module = generator, extra_module
         self.data_facts = {
             "class_split": data.split,
+            "image_shape": list(data.train.images.shape[2:]),
             "mean": data.mean,
             "std": data.std,
             "data_digest": data.digest,
@@ -190,7 +190,12 @@ class TrainingRun:
         plot_training_curves(self.history, MODEL_NAMES[self.model], self.cfg.dataset, curves)
         epoch, accuracy = self.best["epoch"], self.best["val_accuracy"]
         print(f"best epoch {epoch}, {val_way}-way validation accuracy {accuracy:.2%}")
-        print(f"wrote {self.best_path}; next: python evaluate.py --dataset={self.cfg.dataset}")
+        command = ["python", "evaluate.py", f"--dataset={self.cfg.dataset}"]
+        for field in dataclasses.fields(self.cfg):
+            value = getattr(self.cfg, field.name)
+            if field.name in ("data_dir", "checkpoint_dir") and value != field.default:
+                command.append(f"--{field.name}={value}")
+        print(f"wrote {self.best_path}; next: {shlex.join(command)}")
 
     def _begin(self):
         """Look at what the folder holds, lock it, and return the state to go on from, if any."""
@@ -217,13 +222,22 @@ class TrainingRun:
                 )
         self._lock()
         if os.path.exists(self.best_path):
-            earlier = os.path.join(self.folder, f"{self.model}_previous.pt")
-            with atomic_file(earlier) as temporary:
-                shutil.copyfile(self.best_path, temporary)
-            print(f"the first epoch will replace {self.best_path}; kept a copy as {earlier}")
+            print(f"the first epoch will replace {self.best_path}; its copy is {self._keep_best()}")
         # A stop within the first minutes then finds something to resume, and a folder that cannot
         # be written is noticed now.
         self._save_last()
+
+    def _keep_best(self):
+        """Copy the best epoch of an earlier run, unless that was done; return the copy's path."""
+        start = self.best_path.removesuffix(".pt") + "_previous"
+        for number in itertools.count(1):
+            path = f"{start}.pt" if number == 1 else f"{start}-{number}.pt"
+            if not os.path.exists(path):
+                with atomic_file(path) as temporary:
+                    shutil.copyfile(self.best_path, temporary)
+                return path
+            if sha256(path) == sha256(self.best_path):
+                return path
 
     def _lock(self):
         """Keep other processes from training the same model in the same folder meanwhile.

@@ -289,7 +289,7 @@ def test_checkpoints_of_different_image_sizes_do_not_share_a_table(
     second = tiny_checkpoint(class_names, "maml")
     second["config"]["image_size"] = 64
     save_checkpoint(tmp_path / "second.pt", second)
-    message = "first.pt and .*second.pt were trained with different --image_size"
+    message = "first.pt and .*second.pt were trained on images of different sizes"
     with pytest.raises(UserError, match=message) as error:
         evaluate_file(
             tmp_path / "first.pt", glyph_dir, tmp_path, f"--maml={tmp_path / 'second.pt'}"

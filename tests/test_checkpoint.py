@@ -2,6 +2,7 @@
 
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -210,6 +211,12 @@ def test_a_lightning_file_loads_as_it_is(hyperparameters, model, tmp_path):
         assert torch.equal(encoder_of(contents, "tutorial.ckpt")(images), encoder(images))
 
 
+def run_of(split, *shape):
+    """Return the TrainingData of a run with images of this shape, as far as a start looks at it."""
+    images = torch.zeros(1, 3, *(shape or (32, 32)))
+    return SimpleNamespace(split=split, train=SimpleNamespace(images=images))
+
+
 def test_a_run_starts_from_the_tutorials_file_with_the_tutorials_split_alone(tmp_path):
     hyperparameters = {"proto_dim": 64}
     weights = {f"model.{name}": tensor for name, tensor in Encoder().state_dict().items()}
@@ -217,10 +224,12 @@ def test_a_run_starts_from_the_tutorials_file_with_the_tutorials_split_alone(tmp
     torch.save({**lightning, "hyper_parameters": hyperparameters}, tmp_path / "tutorial.ckpt")
     names = [f"class {number:02}" for number in range(20)]
     split = split_classes(names)
-    load_encoder(tmp_path / "tutorial.ckpt", split)
+    load_encoder(tmp_path / "tutorial.ckpt", run_of(split))
     other = {"train": split["train"][1:], "val": [*split["val"], split["train"][0]]}
     with pytest.raises(UserError, match="trained on other classes than this run"):
-        load_encoder(tmp_path / "tutorial.ckpt", {**split, **other})
+        load_encoder(tmp_path / "tutorial.ckpt", run_of({**split, **other}))
+    with pytest.raises(UserError, match="on images of 32x32 pixels, this run's have 48x40; pass"):
+        load_encoder(tmp_path / "tutorial.ckpt", run_of(split, 40, 48))
 
 
 # Damage

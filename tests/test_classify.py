@@ -409,8 +409,7 @@ def test_what_is_no_image_or_lies_deeper_is_named_and_ignored(folders, capsys):
     (folders / "images" / "empty").mkdir()
     shutil.copytree(folders / "support" / "c", folders / "images" / "deeper")
     assert run_main(folders) == 0
-    line = "as only the images directly in it are classified: deeper, notes.txt\n"
-    assert f"ignored in {folders / 'images'}, {line}" in capsys.readouterr().out
+    assert f"not used in {folders / 'images'}: deeper, notes.txt\n" in capsys.readouterr().out
     assert len(rows_of(folders)) == QUERIES
 
 
@@ -483,7 +482,7 @@ def no_checkpoint(folders):
         (no_images_folder, "images cannot be read: No such file or directory; correct"),
         (images_in_support, "is the support folder or one of its classes; put"),
         (images_are_a_class, "is the support folder or one of its classes; put"),
-        (images_are_the_results, "would be classified the next time; pass another --results_dir"),
+        (images_are_the_results, "would be taken for images the next time; pass another"),
         (no_checkpoint, "there is no checkpoint .*model.pt"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

@@ -73,6 +73,14 @@ def test_each_kind_of_value_is_read_as_its_type():
     assert all(type(share) is float for share in cfg.shares)
 
 
+def test_a_tilde_that_the_shell_left_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setenv("USERPROFILE", "/home/ada")
+    assert parse_config(Config, ["--note=~/data"]).note == "/home/ada/data"
+    for word in ("~", "a~/b", "~x"):
+        assert parse_config(Config, [f"--note={word}"]).note == word
+
+
 @pytest.mark.parametrize(
     "word, value", [("true", True), ("false", False), ("True", True), ("FALSE", False)]
 )

@@ -519,6 +519,35 @@ def test_the_second_time_a_folder_is_not_read(tmp_path, no_reading, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_what_is_not_used_of_a_folder_and_what_is_there_twice_is_said(tmp_path, capsys):
+    folder = tmp_path / "mine"
+    save_images(folder)
+    first = sorted(path for path in folder.glob("bee/*") if path.is_file())[0]
+    shutil.copy(first, folder / "bee" / "zz copy.png")
+    (folder / "bee" / "photo.heic").write_bytes(b"")
+    (folder / "bee" / "more").mkdir()
+    (folder / "notes.txt").write_text("")
+    load_dataset("mine", tmp_path)
+    printed = capsys.readouterr().out
+    unused = [os.path.join("bee", "more"), os.path.join("bee", "photo.heic"), "notes.txt"]
+    assert f"not used in {folder}: {', '.join(unused)}\n" in printed
+    copies = f"images are copies of others, {folder / 'bee' / 'zz copy.png'} of {first} for example"
+    assert copies in printed
+
+
+def test_a_folder_beside_a_file_of_ones_own_is_named(tmp_path, capsys):
+    save_images(tmp_path / "mine")
+    np.savez(tmp_path / "mine.npz", **arrays())
+    load_dataset("mine", tmp_path)
+    line = f"{tmp_path / 'mine.npz'} is used, not the folder {tmp_path / 'mine'}; remove the one"
+    assert line in capsys.readouterr().out
+
+
+def test_a_folder_of_images_with_a_built_in_name_is_refused(tmp_path):
+    save_images(tmp_path / "mnist")
+    message_of("mnist", tmp_path, "mnist is a built-in data set", tmp_path / "mnist", "rename")
+
+
 def add_image(folder):
     Image.new("RGB", (32, 32)).save(folder / "bee" / "new.png")
 
@@ -563,7 +592,10 @@ def test_a_changed_folder_is_read_again_and_a_line_says_so(tmp_path, what, no_re
     data = load_dataset("mine", tmp_path)
     lines = capsys.readouterr().out.splitlines()
     changed = f"{folder}, or --image_size, changed since {file} was made; reading the images again"
-    assert lines[0] == changed and lines[1].startswith(f"{folder}: ") and len(lines) == 2
+    copies = [line for line in lines if "images are copies of others" in line]
+    assert len(copies) == (what == "a class more")  # it has the pixels of another
+    assert lines[0] == changed and lines[-1].startswith(f"{folder}: ")
+    assert len(lines) == 2 + len(copies)
     same_images = what in ("an image saved again", "an image renamed")
     assert (data.digest() == before) == same_images
 

@@ -190,6 +190,13 @@ def test_shades_up_to_255_in_16_bits_stay_as_they_are(tmp_path):
     assert np.array_equal(found[..., 0], pixels)
 
 
+@pytest.mark.parametrize("brightest", [256, 300, 4095, 2**14 - 1])
+def test_shades_of_12_bits_for_example_are_refused_rather_than_nearly_black(tmp_path, brightest):
+    pixels = np.linspace(0, brightest, 32 * 32).reshape(32, 32).astype(np.uint16)
+    path = saved(Image.fromarray(pixels), tmp_path / "x.png")
+    assert f"its shades run to {brightest}, not to 255 or to 65535" in message_of(path)
+
+
 def test_an_image_of_floats_is_refused(tmp_path):
     path = saved(Image.fromarray(np.zeros((32, 32), dtype=np.float32)), tmp_path / "x.tif")
     assert "its pixels are floats" in message_of(path)

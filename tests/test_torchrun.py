@@ -60,7 +60,7 @@ import torch
 from common import checkpoint, data, parallel
 from common.encoder import Encoder
 
-def starting_encoder(cfg, split):
+def starting_encoder(cfg, data):
     return Encoder(8, 4, (1, 1, 1, 1), 2, 8).to(dtype)
 
 def noting(sums=(), means=()):

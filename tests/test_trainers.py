@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import json
 import resource
+import shlex
 import shutil
 from copy import deepcopy
 
@@ -48,7 +49,7 @@ def use_tiny_encoder(model, monkeypatch):
     def new_encoder(proto_dim, unit_features=False, stem_stride=2):
         return Encoder(proto_dim, 4, (1, 1, 1, 1), 2, 8, unit_features, stem_stride)
 
-    def starting_encoder(cfg, split):
+    def starting_encoder(cfg, data):
         encoder = new_encoder(cfg.proto_dim)
         encoder.precision = cfg.precision
         return encoder
@@ -425,13 +426,61 @@ def test_a_checkpoint_names_the_size_of_the_images_whether_of_a_folder_or_a_file
     train("protonet", glyph_dir, tmp_path, *where)
     train("protonet", glyph_dir, tmp_path, *where, "--epochs=2", "--resume=true")
     checkpoint = load_checkpoint(tmp_path / "mine" / "protonet.pt")
-    assert checkpoint["config"]["image_size"] == 40
+    assert checkpoint["image_shape"] == [40, 40]
     # A test reads folders at that size, and a data set of other images is not tested.
     tested = [*where[:2], f"--checkpoint_dir={tmp_path}", f"--results_dir={tmp_path / 'results'}"]
     tested += ["--domains=glyph_digits", "--k_shots=2", "--device=cpu"]
     assert evaluate.main(parse_config(evaluate.Config, tested)) == 1
     written = (tmp_path / "results" / "accuracy.md").read_text()
     assert "glyph_digits: not tested." in written and "not 40x40" in written
+
+
+def test_a_test_tells_of_changed_images_and_of_older_figures(glyph_dir, tmp_path, capsys):
+    with np.load(glyph_dir / "glyphs.npz") as arrays:
+        mine = dict(arrays)
+    np.savez(tmp_path / "mine.npz", **mine)
+    where = ["--dataset=mine", f"--data_dir={tmp_path}"]
+    train("protonet", glyph_dir, tmp_path, *where, "--steps_per_epoch=1")
+    mine["images"] = mine["images"][:, ::-1]
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "confusion_maml_mine.png").touch()
+    (results / "my own.png").touch()
+    where += [f"--checkpoint_dir={tmp_path}", f"--results_dir={results}"]
+    printed = []
+    for images in (mine["images"][:, ::-1], mine["images"]):
+        np.savez(tmp_path / "mine.npz", **{**mine, "images": images})
+        options = [*where, "--k_shots=2", "--device=cpu"]
+        assert evaluate.main(parse_config(evaluate.Config, options)) == 0
+        printed.append(capsys.readouterr().out)
+    changed = f"mine has changed since {tmp_path / 'mine' / 'protonet.pt'} was trained on it"
+    assert [changed in text for text in printed] == [False, True]
+    assert "of an earlier test, not of this one: confusion_maml_mine.png\n" in printed[0]
+
+
+def test_images_of_another_size_than_in_training_are_not_tested(glyph_dir, tmp_path, capsys):
+    train("protonet", glyph_dir, tmp_path, "--steps_per_epoch=1")
+    digits = load_dataset("glyph_digits", str(glyph_dir))
+    images = F.interpolate(digits.images.float(), size=(64, 64)).byte().permute(0, 2, 3, 1)
+    arrays = {"images": images.numpy(), "labels": digits.labels.numpy()}
+    shutil.copy(glyph_dir / "glyphs.npz", tmp_path)
+    np.savez(tmp_path / "large.npz", **arrays, class_names=np.array(digits.class_names))
+    options = ["--dataset=glyphs", "--k_shots=2", "--device=cpu", "--domains=large"]
+    where = [f"--data_dir={tmp_path}", f"--checkpoint_dir={tmp_path}", f"--results_dir={tmp_path}"]
+    assert evaluate.main(parse_config(evaluate.Config, [*options, *where])) == 1
+    line = "large: not tested. the images of large are 64x64 pixels, but the models were trained on"
+    assert f"{line} 32x32" in capsys.readouterr().out
+
+
+def test_what_a_run_prints_last_tests_what_it_trained(glyph_dir, tmp_path, capsys):
+    folder = tmp_path / "my models"
+    train("protonet", glyph_dir, folder, "--steps_per_epoch=1")
+    command = capsys.readouterr().out.splitlines()[-1].split("; next: ")[1]
+    python, script, *options = shlex.split(command)
+    assert (python, script) == ("python", "evaluate.py")
+    cfg = parse_config(evaluate.Config, options)
+    assert (cfg.dataset, cfg.data_dir) == ("glyphs", str(glyph_dir))
+    assert cfg.checkpoint_dir == str(folder)
 
 
 # Memory

@@ -214,7 +214,13 @@ def test_a_new_run_keeps_the_best_checkpoint_of_a_finished_one(uninterrupted, gl
     shutil.copytree(uninterrupted["protonet"], tmp_path, dirs_exist_ok=True)
     earlier = (tmp_path / "glyphs" / "protonet.pt").read_bytes()
     train("protonet", glyph_dir, tmp_path, "--epochs=1", "--seed=1")
+    second = (tmp_path / "glyphs" / "protonet.pt").read_bytes()
+    for seed in (2, 3):
+        train("protonet", glyph_dir, tmp_path, "--epochs=1", f"--seed={seed}")
+    # None of them is lost to a later one.
     assert (tmp_path / "glyphs" / "protonet_previous.pt").read_bytes() == earlier
+    assert (tmp_path / "glyphs" / "protonet_previous-2.pt").read_bytes() == second
+    assert (tmp_path / "glyphs" / "protonet_previous-3.pt").exists()
 
 
 def test_resuming_with_another_config_names_the_differences(unfinished, glyph_dir):
