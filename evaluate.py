@@ -247,7 +247,14 @@ def load_checkpoints(cfg):
             f"found no checkpoint in {folder}; train one first (python train_protonet.py "
             f"--dataset={cfg.dataset}) or name a file (--protonet=FILE)"
         )
-    checkpoints = {model: (path, load_checkpoint(path)) for model, path in paths.items()}
+    checkpoints = {}
+    for model, path in paths.items():
+        digest = os.path.isfile(path) and sha256(path)
+        checkpoint = load_checkpoint(path)
+        if sha256(path) != digest:
+            raise UserError(f"{path} was replaced while it was read; start again")
+        # Of what was read: a run that trains meanwhile may replace the file at any time.
+        checkpoints[model] = path, {**checkpoint, "file_sha256": digest}
     for model, (path, checkpoint) in checkpoints.items():
         if (found := checkpoint["model"]) != model:
             raise UserError(f"{path} holds a {found}, not a {model}; pass it as --{found}={path}")
@@ -360,7 +367,7 @@ def kept_results(cfg, model, path, checkpoint, image_set):
         "dataset": image_set.name,
         "classes": "all" if is_unseen(cfg, image_set) else cfg.classes,
         "trained_on": cfg.dataset,
-        "checkpoint_sha256": None if model == "pixels" else sha256(path),
+        "checkpoint_sha256": None if model == "pixels" else checkpoint["file_sha256"],
         "data_sha256": image_set.digest(),
     }
     rows, missing = {}, {}

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from common.augment import EpochBatches, augment
 from common.checkpoint import load_encoder
-from common.config import UserError, require, require_one_of
+from common.config import UserError, refuse_own_output, require, require_one_of
 from common.cuda_graph import CudaGraphStep
 from common.data import SMALLEST_IMAGE, load_training_data
 from common.device import pick_device
@@ -90,12 +90,10 @@ class Config:
         require(self, "least_crop", above=0, most=1)
         require_one_of(self, "precision", PRECISIONS)
         require(self, "lr", "temperature", above=0)
-        own = os.path.join(self.checkpoint_dir, self.dataset, "classifier.pt")
-        if self.teacher and os.path.abspath(self.teacher) == os.path.abspath(own):
-            raise UserError(
-                f"teacher is {self.teacher}, which the run would overwrite; move it or pass "
-                "another --checkpoint_dir"
-            )
+        refuse_own_output(self, "teacher", "classifier")
+        for name in ("distillation_weight", "temperature"):
+            if not self.teacher and getattr(self, name) != getattr(Config, name):
+                raise UserError(f"{name} does nothing without a teacher; pass --teacher=FILE, too")
 
 
 # For CIFAR-100; docs/experiments.md has the numbers behind them.
@@ -162,7 +160,9 @@ def main(cfg):
     class_prototypes.to(device)
     parameters = [*encoder.parameters(), *class_prototypes.parameters()]
     optimizer = make_optimizer(parameters, cfg.lr, cfg.weight_decay, device)
-    run = TrainingRun(cfg, "classifier", encoder, optimizer, generator, data, class_prototypes)
+    run = TrainingRun(
+        cfg, "classifier", encoder, optimizer, generator, data, class_prototypes, teacher
+    )
 
     step_fn = partial(learn_batch, cfg, data, encoder, class_prototypes, teacher)
     step_fn = CudaGraphStep(step_fn, device, cfg.cuda_graphs)

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 from common.augment import EpochBatches, augment
 from common.checkpoint import starting_encoder
-from common.config import UserError, require, require_one_of
+from common.config import UserError, refuse_own_output, require, require_one_of
 from common.cuda_graph import CudaGraphStep
 from common.data import SMALLEST_IMAGE, load_training_data
 from common.device import pick_device
@@ -112,11 +112,16 @@ class Config:
         require(self, "lr", "lr_inner", "lr_output", above=0)
         require_one_of(self, "output_init", OUTPUT_INITS)
         require_one_of(self, "batchnorm", BATCHNORMS)
+        refuse_own_output(self, "init_from", self.model)
         if self.batchnorm == "frozen" and not self.init_from:
             raise UserError(
                 "batchnorm is frozen, which needs the statistics of a trained encoder: pass "
                 "--init_from=FILE too"
             )
+
+    @property
+    def model(self):
+        return "protomaml" if self.output_init == "prototypes" else "maml"
 
 
 RECIPES = {
@@ -219,8 +224,7 @@ def main(cfg):
 
     encoder = starting_encoder(cfg, data).to(device)
     optimizer = make_optimizer(encoder.parameters(), cfg.lr, cfg.weight_decay, device)
-    model = "protomaml" if cfg.output_init == "prototypes" else "maml"
-    run = TrainingRun(cfg, model, encoder, optimizer, sampler.generator, data)
+    run = TrainingRun(cfg, cfg.model, encoder, optimizer, sampler.generator, data)
 
     # Several tasks at a time, each on its own copy of the encoder.
     workers = Workers(device, own_tasks, encoder)

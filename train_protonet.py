@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 from common.augment import EpochBatches, augment
 from common.checkpoint import starting_encoder
-from common.config import require, require_one_of
+from common.config import refuse_own_output, require, require_one_of
 from common.cuda_graph import CudaGraphStep
 from common.data import SMALLEST_IMAGE, load_training_data
 from common.device import pick_device
@@ -90,6 +90,7 @@ class Config:
         require(self, "least_crop", "lr_drops", above=0, most=1)
         require_one_of(self, "precision", PRECISIONS)
         require(self, "lr", above=0)
+        refuse_own_output(self, "init_from", "protonet")
 
 
 RECIPES = {

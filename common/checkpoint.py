@@ -161,9 +161,15 @@ def starting_encoder(cfg, data):
     """Return the encoder of `cfg.init_from` if that names a file, else a new one.
 
     A new one has features of `cfg.proto_dim` numbers; it computes in `cfg.precision`. Raises
-    UserError as `load_encoder` does.
+    UserError as `load_encoder` does, or where another proto_dim than the file's is asked for.
     """
     encoder = load_encoder(cfg.init_from, data) if cfg.init_from else Encoder(cfg.proto_dim)
+    found = encoder.arguments["proto_dim"]
+    if cfg.proto_dim not in (found, type(cfg).proto_dim):
+        raise UserError(
+            f"proto_dim is {cfg.proto_dim}, but {cfg.init_from} has features of {found} numbers; "
+            "leave --proto_dim out or start from another file"
+        )
     encoder.precision = cfg.precision
     return encoder
 

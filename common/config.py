@@ -148,6 +148,16 @@ class _HelpFormat(argparse.RawDescriptionHelpFormatter):
         return super()._format_action_invocation(action).replace(" =", "=")
 
 
+def refuse_own_output(cfg, name, model):
+    """Raise UserError where the option `name` is the file that a training run of `model` writes."""
+    path, own = getattr(cfg, name), os.path.join(cfg.checkpoint_dir, cfg.dataset, f"{model}.pt")
+    if path and os.path.realpath(path) == os.path.realpath(own):
+        raise UserError(
+            f"{name} is {path}, which the run would overwrite; move it or pass another "
+            "--checkpoint_dir"
+        )
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse's parser, but an error is raised as UserError instead of printed with the usage."""
 

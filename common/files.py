@@ -4,8 +4,12 @@ import contextlib
 import hashlib
 import os
 import re
+import secrets
+import socket
 
 from common.config import UserError
+
+_HOST = re.sub(r"\W", "_", socket.gethostname())[:20]
 
 
 @contextlib.contextmanager
@@ -18,7 +22,9 @@ def atomic_file(path):
     folder, name = os.path.split(os.path.abspath(path))
     # The suffix stays the last part: numpy and matplotlib choose their format by it.
     stem, suffix = os.path.splitext(name)
-    temporary = os.path.join(folder, f".{stem}.{os.getpid()}.tmp{suffix}")
+    # Another process of this number may write here, too: on another machine, in a container.
+    unique = f"{_HOST}-{os.getpid()}-{secrets.token_hex(4)}"
+    temporary = os.path.join(folder, f".{stem}.{unique}.tmp{suffix}")
     try:
         os.makedirs(folder, exist_ok=True)
         _remove_left_behind(folder, stem, suffix)
@@ -49,8 +55,10 @@ def sha256(path):
 
 
 def _remove_left_behind(folder, stem, suffix):
-    # A killed process cannot remove its temporary file; the next writer of the same name does.
-    pattern = re.compile(re.escape(f".{stem}.") + r"(\d+)" + re.escape(f".tmp{suffix}"))
+    # A killed process cannot remove its temporary file; the next writer of the same name on its
+    # machine does.
+    start, end = re.escape(f".{stem}.{_HOST}-"), re.escape(f".tmp{suffix}")
+    pattern = re.compile(start + r"(\d+)-\w+" + end)
     for name in os.listdir(folder):
         match = pattern.fullmatch(name)
         if match and not _is_running(int(match[1])):

@@ -183,7 +183,9 @@ def _communicate(operation, *arguments):
         if not distributed.is_initialized():
             # Small numbers travel from CPU to CPU, so that a GPU need not be waited for.
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            distributed.init_process_group(backend)
+            # A process may wait hours for another one's adaptation, or for a download. That one
+            # has died is noticed without a timeout, by its closed connection.
+            distributed.init_process_group(backend, timeout=timedelta(days=30))
             atexit.register(distributed.destroy_process_group)
         operation(*arguments)
     except RuntimeError as error:

@@ -31,7 +31,7 @@ def run_script(main, config_class, recipes=None):
         code = main(cfg) or 0
     except KeyboardInterrupt:
         code = _fail(f"{script}: stopped; what was saved before is intact", 130)
-    except (UserError, RuntimeError, ValueError, OverflowError, MemoryError) as error:
+    except (UserError, RuntimeError, ValueError, OverflowError, MemoryError, OSError) as error:
         if sys.flags.dev_mode and not isinstance(error, UserError):
             raise
         hint = "" if isinstance(error, UserError) else f"; python -X dev {script} ... shows where"
@@ -47,7 +47,10 @@ def run_script(main, config_class, recipes=None):
 
 
 def _fail(message, code):
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except OSError:  # its disk is full, or whoever read it has gone: Python would try again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if is_first_to_fail():
         print(message, file=sys.stderr)
     return code

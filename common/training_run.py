@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import time
+from copy import deepcopy
 
 import torch
 from tqdm import tqdm
@@ -24,6 +25,7 @@ from tqdm import tqdm
 from common.checkpoint import (
     FORMAT,
     MODEL_NAMES,
+    content_digest,
     first_line,
     is_finite,
     load_checkpoint,
@@ -61,20 +63,24 @@ class TrainingRun:
     data: the TrainingData; its split, size of images, normalisation and digest go into the
         checkpoints.
     extra_module: trained with the encoder and not used afterwards; only `_last.pt` carries it.
+    teacher: (encoder, prototypes) of the teacher, where there is one: a resumed run needs the same.
 
     Raises UserError where an unfinished run is found and neither resume nor overwrite is given, or
     where a run cannot be resumed as asked.
     """
 
-    def __init__(self, cfg, model, encoder, optimizer, generator, data, extra_module=None):
+    def __init__(
+        self, cfg, model, encoder, optimizer, generator, data, extra_module=None, teacher=None
+    ):
         self.cfg, self.model, self.encoder, self.optimizer = cfg, model, encoder, optimizer
         self.generator, self.extra_module = generator, extra_module
-        self.data_facts = {
+        self.facts = {
             "class_split": data.split,
             "image_shape": list(data.train.images.shape[2:]),
             "mean": data.mean,
             "std": data.std,
             "data_digest": data.digest,
+            "teacher_digest": content_digest(teacher[0].state_dict()) if teacher else None,
         }
         self.folder = os.path.join(cfg.checkpoint_dir, cfg.dataset)
         self.best_path = os.path.join(self.folder, f"{model}.pt")
@@ -84,6 +90,7 @@ class TrainingRun:
         self.sums = torch.zeros(3, dtype=torch.float64)
         self.history = []  # one dict per epoch, the rows of the CSV
         self.best = None  # the row of the best epoch so far
+        self.best_contents = None  # its checkpoint, in the first process
         self.epoch_start = generator.get_state()
         self.signal = 0  # number of the signal that asked this process to stop
         last = on_first(self._begin)
@@ -168,7 +175,8 @@ class TrainingRun:
         if self.best is None or val_accuracy > self.best["val_accuracy"]:
             self.best = row
             if is_first():
-                save_checkpoint(self.best_path, self._contents(row, validated or self.encoder))
+                self.best_contents = deepcopy(self._contents(row, validated or self.encoder))
+                save_checkpoint(self.best_path, self.best_contents)
         if is_first():
             self._write_csv()
         self._save_last()
@@ -211,6 +219,7 @@ class TrainingRun:
                 raise UserError(f"{found}; start without --resume=true")
             self._check_fit(last)
             self._lock()
+            self._restore_best(last)
             return last
         if last is not None:
             done, planned = last["epoch"], last["config"]["epochs"]
@@ -226,6 +235,24 @@ class TrainingRun:
         # A stop within the first minutes then finds something to resume, and a folder that cannot
         # be written is noticed now.
         self._save_last()
+
+    def _restore_best(self, last):
+        """Let the file of the best epoch hold that of the run that goes on.
+
+        It does not where `_last.pt` was moved without it, or where the run died between the two.
+        """
+        best, found = last.get("best"), None
+        if not best:
+            return
+        if os.path.exists(self.best_path):
+            with contextlib.suppress(UserError):
+                found = load_checkpoint(self.best_path)
+            if found and content_digest(found) == content_digest(best):
+                return
+            if not found or found["config"] != last["config"]:
+                copy = self._keep_best()
+                print(f"{self.best_path} is not of the run that goes on; its copy is {copy}")
+        save_checkpoint(self.best_path, best)
 
     def _keep_best(self):
         """Copy the best epoch of an earlier run, unless that was done; return the copy's path."""
@@ -267,16 +294,20 @@ class TrainingRun:
         """Raise UserError unless a loaded `_last.pt` can go on with this run's config and data."""
         # An option that is younger than the file had its default.
         before = {**_stored(type(self.cfg)()), **last["config"]}
+        # The teacher may have been moved: what counts is what it knows.
+        free = ["epochs", "teacher"] if last.get("teacher_digest") else ["epochs"]
         differences = [
             f"{name} was {before[name]!r} and is {new!r}"
             for name, new in _stored(self.cfg).items()
-            if name != "epochs" and before[name] != new
+            if name not in free and before[name] != new
         ]
+        if "teacher" in free and last["teacher_digest"] != self.facts["teacher_digest"]:
+            differences.append("the teacher changed")
         if last["model"] != self.model:
             differences.append(f"the model was {last['model']!r} and is {self.model!r}")
-        if last["data_digest"] != self.data_facts["data_digest"]:
+        if last["data_digest"] != self.facts["data_digest"]:
             differences.append("the images of the data set changed")
-        if last["class_split"] != self.data_facts["class_split"]:
+        if last["class_split"] != self.facts["class_split"]:
             differences.append("the class split changed")
         arguments = self.encoder.arguments
         if any(last["encoder"].get(name, arguments[name]) != arguments[name] for name in arguments):
@@ -326,6 +357,7 @@ class TrainingRun:
         self.epoch, self.step, self.sums = last["epoch"], last["step"], last["sums"]
         self.history = last["history"]
         self.best = self.history[last["best_epoch"] - 1] if last["best_epoch"] else None
+        self.best_contents = last.get("best")  # younger than some files
 
     def _contents(self, row, encoder):
         return {
@@ -338,7 +370,7 @@ class TrainingRun:
             "encoder": encoder.arguments,
             # On the CPU, so that torch.load reads the file where there is no GPU.
             "state_dict": {name: tensor.cpu() for name, tensor in encoder.state_dict().items()},
-            **self.data_facts,
+            **self.facts,
         }
 
     def _save_last(self):
@@ -363,6 +395,7 @@ class TrainingRun:
                 "sums": self.sums.cpu(),
                 "history": self.history,
                 "best_epoch": self.best["epoch"] if self.best else 0,
+                "best": self.best_contents,
             },
         )
 
@@ -394,7 +427,8 @@ class TrainingRun:
             raise KeyboardInterrupt
         self.signal = number
         if is_first():
-            tqdm.write("stopping after this step (once more: at once)", file=sys.stderr)
+            hint = " (once more: at once)" if number == signal.SIGINT else ""
+            tqdm.write(f"stopping after this step{hint}", file=sys.stderr)
 
     def _leave_if_asked(self, signal):
         if signal:

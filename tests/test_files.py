@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from common import files
 from common.config import UserError
 from common.files import atomic_file, sha256, write_text
 
@@ -120,6 +121,21 @@ def test_what_a_living_process_writes_is_left_alone(tmp_path):
     in_use = left_behind_by(os.getppid(), tmp_path / "note.txt")
     write_text(tmp_path / "note.txt", "hello")
     assert os.path.exists(in_use)
+
+
+def test_what_a_process_on_another_machine_writes_is_left_alone(tmp_path, monkeypatch):
+    in_use = left_behind_by(dead_process_id(), tmp_path / "note.txt")
+    monkeypatch.setattr(files, "_HOST", "elsewhere")
+    write_text(tmp_path / "note.txt", "hello")
+    assert os.path.exists(in_use)
+
+
+def test_two_writers_never_share_a_temporary_file(tmp_path):
+    with atomic_file(tmp_path / "note.txt") as first:
+        open(first, "w").close()
+        with atomic_file(tmp_path / "note.txt") as second:
+            open(second, "w").close()
+            assert first != second
 
 
 def test_other_files_of_the_folder_are_left_alone(tmp_path):

@@ -448,6 +448,39 @@ def test_episodes_that_the_data_cannot_give_are_refused_in_one_line(
         evaluate_small(tmp_path, *EPISODES, option, only("protonet", trained))
 
 
+def test_a_result_belongs_to_the_weights_that_were_tested(
+    trained, evaluate_small, tmp_path, monkeypatch
+):
+    # A training run may replace the file while a test is under way.
+    option, path = only("protonet", trained).split("=")
+    shutil.copy(path, tmp_path / "tested.pt")
+    prepare = evaluate.prepare_test
+
+    def replace_first(*arguments):
+        shutil.copy(other, tmp_path / "tested.pt")
+        return prepare(*arguments)
+
+    other = tmp_path / "other.pt"
+    contents = load_checkpoint(path)
+    contents["state_dict"]["classifier.weight"] *= -2
+    save_checkpoint(other, contents)
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluate, "prepare_test", replace_first)
+        evaluate_small(tmp_path, "--domains=", f"{option}={tmp_path / 'tested.pt'}")
+    printed = evaluate_small(tmp_path, "--domains=", f"{option}={tmp_path / 'tested.pt'}")
+    assert "pixels on glyphs, k = 2: reused" in printed
+    assert "protonet on glyphs, k = 2: reused" not in printed
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_standard_output_that_cannot_be_written_is_one_line():
+    command = [sys.executable, "evaluate.py", "--dataset=absent"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("evaluate.py: error: ") and done.stderr.count("\n") == 1
+
+
 # How long a test takes
 
 

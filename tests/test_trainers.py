@@ -310,11 +310,27 @@ def test_principal_features_are_validated_and_kept_and_training_goes_on_with_its
     assert torch.allclose(directions @ directions.T, torch.eye(len(directions)), atol=1e-5)
 
 
-def test_a_teacher_that_the_run_would_overwrite_is_refused():
-    path = "checkpoints/../checkpoints/cifar100/classifier.pt"
-    with pytest.raises(UserError, match="overwrite"):
-        train_classifier.Config(teacher=path)
-    train_classifier.Config(teacher=path, checkpoint_dir="elsewhere")
+@pytest.mark.parametrize(
+    ("script", "option", "model", "more"),
+    [
+        (train_classifier, "teacher", "classifier", {}),
+        (train_protonet, "init_from", "protonet", {}),
+        (train_protomaml, "init_from", "protomaml", {}),
+        (train_protomaml, "init_from", "maml", {"output_init": "zeros"}),
+    ],
+)
+def test_a_file_to_start_from_that_the_run_would_overwrite_is_refused(script, option, model, more):
+    path = {option: f"checkpoints/../checkpoints/cifar100/{model}.pt"}
+    with pytest.raises(UserError, match=f"{option} is .*{model}.pt, which the run would overwrite"):
+        script.Config(**path, **more)
+    script.Config(**path, **more, checkpoint_dir="elsewhere")
+
+
+@pytest.mark.parametrize("option", [{"distillation_weight": 0.3}, {"temperature": 3.0}])
+def test_options_of_a_teacher_are_refused_without_one(option):
+    with pytest.raises(UserError, match="does nothing without a teacher"):
+        train_classifier.Config(**option)
+    train_classifier.Config(**option, teacher="teacher.pt")
 
 
 @pytest.mark.parametrize(
@@ -354,7 +370,9 @@ def test_protonet_starts_from_a_classifier_keeps_its_encoder_and_can_be_tested(g
     start = load_checkpoint(path)
     names = ("proto_dim", "unit_features", "stem_stride")
     assert [start["encoder"][name] for name in names] == [5, True, 1]
-    more = [f"--init_from={path}", "--proto_dim=7", "--steps_per_epoch=1", "--lr=1e-6"]
+    more = [f"--init_from={path}", "--steps_per_epoch=1", "--lr=1e-6"]
+    with pytest.raises(UserError, match="proto_dim is 7, but .* has features of 5 numbers; leave"):
+        train("protonet", glyph_dir, tmp_path, *more, "--proto_dim=7")
     found_path = train("protonet", glyph_dir, tmp_path, *more)
     found = load_checkpoint(found_path)
     assert found["model"] == "protonet" and found["encoder"] == start["encoder"]

@@ -1,6 +1,7 @@
 """The life of a training run: after any stop it goes on as if there had been none."""
 
 import errno
+import io
 import os
 import resource
 import shlex
@@ -189,6 +190,44 @@ def unfinished(glyph_dir, tmp_path, monkeypatch):
     folder = tmp_path / "checkpoints"
     train_until("inside the second epoch", "protonet", glyph_dir, folder, monkeypatch)
     return folder
+
+
+@pytest.mark.parametrize("instead", [None, "another run's", "damaged"])
+def test_a_run_moved_without_its_best_epoch_brings_it_along(
+    instead, unfinished, uninterrupted, glyph_dir, tmp_path
+):
+    best = unfinished / "glyphs" / "protonet.pt"
+    kept = unfinished / "glyphs" / "protonet_previous.pt"
+    before = best.read_bytes()
+    best.unlink()
+    if instead:
+        train("protonet", glyph_dir, tmp_path / "other", "--epochs=1", "--seed=1")
+        shutil.copy(tmp_path / "other" / "glyphs" / "protonet.pt", best)
+        if instead == "damaged":
+            best.write_bytes(best.read_bytes()[:-1000])
+        foreign = best.read_bytes()
+    # As many epochs as are done, and no step more: what is there is what was brought along.
+    with pytest.raises(Crash), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(TrainingRun, "track", crash_at_call(TrainingRun.track, 1))
+        train("protonet", glyph_dir, unfinished, "--resume=true")
+    assert stress.same_value(torch.load(best), torch.load(io.BytesIO(before)))
+    assert not instead or kept.read_bytes() == foreign
+    train("protonet", glyph_dir, unfinished, "--resume=true")
+    assert_same_run(uninterrupted["protonet"], unfinished)
+
+
+def test_a_run_goes_on_with_the_same_teacher_wherever_that_is(uninterrupted, glyph_dir, tmp_path):
+    teacher, moved = tmp_path / "teacher.pt", tmp_path / "moved.pt"
+    shutil.copy(uninterrupted["classifier"] / "glyphs" / "classifier.pt", teacher)
+    with pytest.raises(Crash), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(TrainingRun, "track", crash_at_call(TrainingRun.track, 2))
+        train("classifier", glyph_dir, tmp_path, f"--teacher={teacher}")
+    train("classifier", glyph_dir, tmp_path / "other", "--epochs=1", "--seed=1")
+    teacher.rename(moved)
+    shutil.copy(tmp_path / "other" / "glyphs" / "classifier.pt", teacher)
+    with pytest.raises(UserError, match="cannot resume .*: the teacher changed; put that back"):
+        train("classifier", glyph_dir, tmp_path, f"--teacher={teacher}", "--resume=true")
+    train("classifier", glyph_dir, tmp_path, f"--teacher={moved}", "--resume=true")
 
 
 def bytes_of(folder):
