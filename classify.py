@@ -94,7 +94,7 @@ def main(cfg):
     encoder = encoder_of(checkpoint, cfg.model).to(device)
     how = inner_loop_of(cfg, checkpoint)  # None: by nearest prototype
 
-    size, width = image_shape(checkpoint)
+    size, width = image_shape(checkpoint) or (32, 32)
     if size != width:
         raise UserError(
             f"{cfg.model} was trained on images of {width}x{size} pixels, but photographs are made "
@@ -164,7 +164,8 @@ def list_files(cfg):
     used = {*files, *class_folders, *(path for own in class_files.values() for path in own)}
     for each in (folder, support, *class_folders):
         unused = sorted(set(list_folder(each)) - used)
-        name_unused(each, [path for path in unused if path.is_file() or list_images(path)])
+        holds_images = [path for path in unused if path.is_dir() and list_images(path)]
+        name_unused(each, [path for path in unused if path.is_file() or path in holds_images])
     return class_files, files
 
 

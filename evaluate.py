@@ -54,7 +54,7 @@ from common.kshot import (
     summarize,
     support_sets,
 )
-from common.parallel import is_first, on_first, process_count
+from common.parallel import is_first, on_first, process_count, tasks_at_a_time
 from common.published import published_results
 from common.samplers import FewShotBatchSampler
 from common.script import run_script
@@ -188,8 +188,10 @@ def main(cfg):
     device = pick_device(cfg.device)
     checkpoints = on_first(lambda: load_checkpoints(cfg))
     shapes = {path: image_shape(found) for path, found in checkpoints.values()}
-    shape = agreed(shapes, "on images of different sizes")
+    known = {path: shape for path, shape in shapes.items() if shape}
+    shape = agreed(known, "on images of different sizes") if known else None
     data = on_first(lambda: load_images(cfg, cfg.dataset, shape))
+    shape = tuple(data.images.shape[2:])
     tutorials = split_classes(data.class_names)  # the files of the tutorial carry none
     splits = {path: found["class_split"] or tutorials for path, found in checkpoints.values()}
     split = agreed(splits, "on different classes")
@@ -283,10 +285,10 @@ def agreed(values, how_they_differ):
 
 
 def load_images(cfg, name, shape):
-    """Return the ImageSet `name`; its images must have the size (height, width) of training."""
-    square = shape[0] == shape[1]
+    """Return the ImageSet `name`, whose images must have the `shape` of training where given."""
+    square = shape and shape[0] == shape[1]
     image_set = load_dataset(name, cfg.data_dir, shape[0] if square else 32)
-    if (found := tuple(image_set.images.shape[2:])) != shape:
+    if (found := tuple(image_set.images.shape[2:])) != (shape or found):
         raise UserError(
             f"the images of {name} are {size_text(found)} pixels, but the models were trained on "
             f"{size_text(shape)}; bring them to that size, or put them into a folder"
@@ -299,7 +301,7 @@ def tell_changes(checkpoints, data):
     if data.name in SOURCES or not is_first():  # there, the order may differ, not the images
         return
     for path, checkpoint in checkpoints.values():
-        if checkpoint["data_digest"] not in (None, data.digest()):
+        if checkpoint.get("data_digest") not in (None, data.digest()):
             print(
                 f"{data.name} has changed since {path} was trained on it: images of the training "
                 "may be among those of the test"
@@ -325,7 +327,7 @@ def test_model(cfg, model, path, checkpoint, image_set, device):
     if missing:
         counts_of = prepare_test(cfg, model, path, checkpoint, image_set, device)
         adapting = {k: work for k, work in works.items() if adapts(work[0])}
-        progress = Progress(cfg, model, adapting, image_set)
+        progress = Progress(cfg, model, adapting, image_set, tasks_at_a_time(device))
     for k_shot, (row, kept) in missing.items():
         settings, tasks = works[k_shot]
         counts = counts_of(tasks, k_shot, settings, partial(progress.show, k_shot))
@@ -480,10 +482,11 @@ def what_shortens_it(cfg, model, image_set):
 class Progress:
     """Progress bars of a model's tests on a data set; how many adaptations, and about how long.
 
-    works: {k: (settings, tasks)} of the tests that adapt.
+    works: {k: (settings, tasks)} of the tests that adapt; at_a_time: tasks side by side.
     """
 
-    def __init__(self, cfg, model, works, image_set):
+    def __init__(self, cfg, model, works, image_set, at_a_time):
+        self.at_a_time = at_a_time
         self.title = f"{model} on {image_set.name}"
         self.shorter = what_shortens_it(cfg, model, image_set)
         queries = len(image_set.labels)
@@ -512,7 +515,7 @@ class Progress:
 
         Once the first are done, estimate the time.
         """
-        first = min(torch.get_num_threads(), len(tasks))  # so many are adapted side by side
+        first = min(self.at_a_time, len(tasks))
         start = time.perf_counter()
         bar = tqdm(
             tasks,

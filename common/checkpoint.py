@@ -128,9 +128,14 @@ def encoder_of(checkpoint, path):
 
 
 def image_shape(checkpoint):
-    """Return (height, width), in pixels, of the images that a checkpoint was trained on."""
+    """Return (height, width), in pixels, of the images that a checkpoint was trained on, or None.
+
+    Earlier files do not say it: there, 32 is what was asked for, but an .npz kept its own size.
+    """
+    if "image_shape" in checkpoint:
+        return tuple(checkpoint["image_shape"])
     side = checkpoint["config"].get("image_size", 32)
-    return tuple(checkpoint.get("image_shape", (side, side)))
+    return (side, side) if side != 32 else None
 
 
 def load_encoder(path, data):
@@ -141,15 +146,16 @@ def load_encoder(path, data):
     """
     split, shape = data.split, tuple(data.train.images.shape[2:])
     checkpoint = on_first(lambda: load_checkpoint(path))
-    # The tutorial's files name no classes: they are the default ones of CIFAR-100, whose names are
-    # in alphabetical order.
-    names = sorted(name for part in split.values() for name in part)
-    if (checkpoint["class_split"] or split_classes(names)) != split:
+    trained_split = checkpoint["class_split"]
+    if not trained_split and data.train.name == "cifar100":
+        # The tutorial's files name no classes: they are its split, of names in alphabetical order.
+        trained_split = split_classes(sorted(name for part in split.values() for name in part))
+    if trained_split != split:
         raise UserError(
             f"{path} was trained on other classes than this run; start from a checkpoint of the "
             "same data set and the same --split"
         )
-    if (trained_on := image_shape(checkpoint)) != shape:
+    if (trained_on := image_shape(checkpoint)) not in (None, shape):
         raise UserError(
             f"{path} was trained on images of {size_text(trained_on)} pixels, this run's have "
             f"{size_text(shape)}; pass --image_size={trained_on[0]}, or start from another file"

@@ -150,8 +150,9 @@ class _HelpFormat(argparse.RawDescriptionHelpFormatter):
 
 def refuse_own_output(cfg, name, model):
     """Raise UserError where the option `name` is the file that a training run of `model` writes."""
-    path, own = getattr(cfg, name), os.path.join(cfg.checkpoint_dir, cfg.dataset, f"{model}.pt")
-    if path and os.path.realpath(path) == os.path.realpath(own):
+    path, start = getattr(cfg, name), os.path.join(cfg.checkpoint_dir, cfg.dataset, model)
+    own = [os.path.realpath(f"{start}{end}") for end in (".pt", "_last.pt")]
+    if path and os.path.realpath(path) in own:
         raise UserError(
             f"{name} is {path}, which the run would overwrite; move it or pass another "
             "--checkpoint_dir"

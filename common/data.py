@@ -138,7 +138,7 @@ def load_dataset(name, data_dir, image_size=32):
     # Not for the names in SOURCES: torchvision keeps its files in a folder MNIST, which a file
     # system that ignores case finds as mnist, too.
     has_folder = folder.is_dir() and name not in SOURCES
-    if name in SOURCES and folder.is_dir() and any(map(list_images, _folders_in(folder))):
+    if name in SOURCES and folder.is_dir() and _has_class_folders(folder):
         raise UserError(
             f"{name} is a built-in data set, and the images in {folder} are not it; rename the "
             "folder and pass its name as --dataset"
@@ -261,8 +261,9 @@ def _read_folder(name, folder, image_size, file, kept, made_from):
         return kept
     if made_from:
         print(f"{folder}, or --image_size, changed since {file} was made; reading the images again")
-    every_path = [path for each in (folder, *class_folders) for path in list_folder(each)]
-    name_unused(folder, sorted({*every_path} - {*paths, *class_folders, *_folders_in(folder)}))
+    folders = {folder, *class_folders, *(path.parent for path in class_folders)}
+    found = {path for each in folders for path in list_folder(each)}
+    name_unused(folder, sorted(found - {*paths, *folders}))
     images = read_images(paths, image_size, str(folder))
     name_copies(images, paths)
     labels = np.repeat(np.arange(len(files)), [len(own) for own in files]).astype(np.int64)
@@ -291,6 +292,12 @@ def _class_folders(folder):
         return found, None
     found = [path for part in PARTS for path in _folders_in(folder / part)]
     return found, [path.parent.name for path in found]
+
+
+def _has_class_folders(folder):
+    found = _folders_in(folder)
+    found += [path for part in found for path in _folders_in(part)]
+    return any(map(list_images, found))
 
 
 def _folders_in(folder):

@@ -9,7 +9,7 @@ import socket
 
 from common.config import UserError
 
-_HOST = re.sub(r"\W", "_", socket.gethostname())[:20]
+_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:12]
 
 
 @contextlib.contextmanager

@@ -47,7 +47,7 @@ def name_unused(folder, paths):
 def name_copies(images, paths):
     """Print how many images [N, S, S, 3] have the pixels of an earlier one, if any."""
     first, copies = {}, []
-    for image, path in zip(images, paths):
+    for image, path in zip(images, paths, strict=True):
         earlier = first.setdefault(hashlib.sha256(image).digest(), path)
         copies += [(path, earlier)] if earlier != path else []
     if copies:
@@ -144,7 +144,7 @@ def read_labelled(class_files, files, size):
         f"{fewest if fewest == most else f'{fewest} to {most}'} of each; images to classify: "
         f"{len(left)}; all brought to {size}x{size} pixels"
     )
-    name_copies(images, [path for path in paths if path not in errors])
+    name_copies(images[: counts.sum()], [path for path in paths if path not in errors])
     labels = torch.arange(len(counts)).repeat_interleave(counts)
     return torch.from_numpy(images).permute(0, 3, 1, 2), labels, list(shots), left, len(errors)
 

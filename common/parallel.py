@@ -31,15 +31,15 @@ class Workers:
     """
 
     def __init__(self, device, tasks, module):
-        threads = torch.get_num_threads() if device.type == "cpu" else 1
-        count = max(1, min(tasks, STREAMS if device.type == "cuda" else threads))
+        count = max(1, min(tasks, tasks_at_a_time(device)))
         self.copies = [deepcopy(module) for _ in range(count)]
         self.streams = self.threads = None
         if device.type == "cuda":
             self.streams = [torch.cuda.Stream(device) for _ in range(count)]
-        elif threads > 1 and count > 1:
+        elif count > 1:
+            threads = torch.get_num_threads() // count
             self.threads = ThreadPoolExecutor(
-                count, initializer=torch.set_num_threads, initargs=(threads // count,)
+                count, initializer=torch.set_num_threads, initargs=(threads,)
             )
             self.free_copies = SimpleQueue()
             for copy in self.copies:
@@ -74,6 +74,11 @@ class Workers:
             for stream in self.streams[: len(group)]:
                 current.wait_stream(stream)
             yield from results
+
+
+def tasks_at_a_time(device):
+    """Return how many tasks run side by side on a device: in threads on the CPU, in streams."""
+    return {"cpu": torch.get_num_threads(), "cuda": STREAMS}.get(device.type, 1)
 
 
 def process_count():

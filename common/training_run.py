@@ -249,7 +249,8 @@ class TrainingRun:
                 found = load_checkpoint(self.best_path)
             if found and content_digest(found) == content_digest(best):
                 return
-            if not found or found["config"] != last["config"]:
+            free = {"epochs": None, "teacher": None}  # what may change on the way
+            if not found or {**found["config"], **free} != {**last["config"], **free}:
                 copy = self._keep_best()
                 print(f"{self.best_path} is not of the run that goes on; its copy is {copy}")
         save_checkpoint(self.best_path, best)
@@ -468,6 +469,8 @@ def _check_last(last, path):
         wrong.append("sums")
     if not wrong and not 0 <= last["best_epoch"] <= last["epoch"] == len(last["history"]):
         wrong.append("history")
+    if not isinstance(last.get("best"), (dict, type(None))):
+        wrong.append("best")
     if wrong:
         raise UserError(
             f"{path} is damaged: its {wrong[0]!r} cannot be used; discard it with --overwrite=true"

@@ -211,10 +211,10 @@ def test_a_lightning_file_loads_as_it_is(hyperparameters, model, tmp_path):
         assert torch.equal(encoder_of(contents, "tutorial.ckpt")(images), encoder(images))
 
 
-def run_of(split, *shape):
+def run_of(split, *shape, name="cifar100"):
     """Return the TrainingData of a run with images of this shape, as far as a start looks at it."""
     images = torch.zeros(1, 3, *(shape or (32, 32)))
-    return SimpleNamespace(split=split, train=SimpleNamespace(images=images))
+    return SimpleNamespace(split=split, train=SimpleNamespace(name=name, images=images))
 
 
 def test_a_run_starts_from_the_tutorials_file_with_the_tutorials_split_alone(tmp_path):
@@ -228,8 +228,22 @@ def test_a_run_starts_from_the_tutorials_file_with_the_tutorials_split_alone(tmp
     other = {"train": split["train"][1:], "val": [*split["val"], split["train"][0]]}
     with pytest.raises(UserError, match="trained on other classes than this run"):
         load_encoder(tmp_path / "tutorial.ckpt", run_of({**split, **other}))
-    with pytest.raises(UserError, match="on images of 32x32 pixels, this run's have 48x40; pass"):
-        load_encoder(tmp_path / "tutorial.ckpt", run_of(split, 40, 48))
+    with pytest.raises(UserError, match="trained on other classes than this run"):
+        load_encoder(tmp_path / "tutorial.ckpt", run_of(split, name="photos"))
+
+
+def test_a_run_starts_from_an_encoder_of_images_of_its_own_size_alone(tmp_path):
+    contents, split = contents_of(), contents_of()["class_split"]
+    for more in ({"image_shape": [40, 48]}, {"config": {"image_size": 64}}):
+        save_checkpoint(tmp_path / "start.pt", {**contents, **more})
+        with pytest.raises(
+            UserError, match="images of (48x40|64x64) pixels, this run's have 32x32"
+        ):
+            load_encoder(tmp_path / "start.pt", run_of(split))
+    load_encoder(tmp_path / "start.pt", run_of(split, 64, 64))
+    # An earlier file does not say what the size of an .npz was.
+    save_checkpoint(tmp_path / "start.pt", contents)
+    load_encoder(tmp_path / "start.pt", run_of(split, 40, 40))
 
 
 # Damage

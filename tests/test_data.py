@@ -543,8 +543,9 @@ def test_a_folder_beside_a_file_of_ones_own_is_named(tmp_path, capsys):
     assert line in capsys.readouterr().out
 
 
-def test_a_folder_of_images_with_a_built_in_name_is_refused(tmp_path):
-    save_images(tmp_path / "mnist")
+@pytest.mark.parametrize("below", ["", "train"])
+def test_a_folder_of_images_with_a_built_in_name_is_refused(tmp_path, below):
+    save_images(tmp_path / "mnist" / below)
     message_of("mnist", tmp_path, "mnist is a built-in data set", tmp_path / "mnist", "rename")
 
 

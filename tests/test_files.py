@@ -104,7 +104,7 @@ def left_behind_by(process_id, path):
     """The temporary file that a process with this number leaves if it is killed writing `path`."""
     with atomic_file(path) as temporary:
         open(temporary, "w").close()
-        name = temporary.replace(str(os.getpid()), str(process_id))
+        name = temporary.replace(f"-{os.getpid()}-", f"-{process_id}-")
     with open(name, "w") as file:
         file.write("half")
     return name

@@ -497,11 +497,11 @@ def test_a_step_of_fine_tuning_costs_no_more_than_its_two_halves():
     cfg = evaluate.Config(views=3)
     tested = SimpleNamespace(name="cifar100", labels=range(50), class_names="abcd")
     works = {k: ({"finetune_steps": 10}, [0] * 6) for k in (8, 16, 32)}
-    costs = evaluate.Progress(cfg, "protonet_finetuned", works, tested).costs
+    costs = evaluate.Progress(cfg, "protonet_finetuned", works, tested, 2).costs
     # 10 steps of 3 passes of 4 k images, k at most 16, and 50 queries in 3 views.
     assert costs == {8: 30 * 32 + 150, 16: 30 * 64 + 150, 32: 30 * 64 + 150}
     works = {2: ({"num_inner_steps": 10}, [0] * 6)}
-    assert evaluate.Progress(cfg, "maml", works, tested).costs == {2: 30 * 4 * 2 * 3 + 150}
+    assert evaluate.Progress(cfg, "maml", works, tested, 2).costs == {2: 30 * 4 * 2 * 3 + 150}
 
 
 def test_only_the_adaptations_still_to_make_are_counted(tested, trained, evaluate_small, tmp_path):
