@@ -187,27 +187,7 @@ RECIPES = {
 def main(cfg):
     device = pick_device(cfg.device)
     checkpoints = on_first(lambda: load_checkpoints(cfg))
-    shapes = {path: image_shape(found) for path, found in checkpoints.values()}
-    known = {path: shape for path, shape in shapes.items() if shape}
-    shape = agreed(known, "on images of different sizes") if known else None
-    data = on_first(lambda: load_images(cfg, cfg.dataset, shape))
-    shape = tuple(data.images.shape[2:])
-    tutorials = split_classes(data.class_names)  # the files of the tutorial carry none
-    splits = {path: found["class_split"] or tutorials for path, found in checkpoints.values()}
-    split = agreed(splits, "on different classes")
-    tell_changes(checkpoints, data)
-
-    default = () if cfg.protocol == "episodes" else DEFAULT_DOMAINS.get(cfg.dataset, ())
-    image_sets = [data.of_classes(split[cfg.classes])]
-    draw_all_tasks(cfg, image_sets[0])  # raises now rather than after an hour
-    failures = {}
-    for domain in default if cfg.domains == ("auto",) else cfg.domains:
-        try:
-            image_set = on_first(partial(load_images, cfg, domain, shape))
-            draw_all_tasks(cfg, image_set)
-            image_sets.append(image_set)
-        except UserError as error:  # the rest is worth having
-            failures[domain] = str(error)
+    data, split, image_sets, failures = load_image_sets(cfg, checkpoints)
 
     rows = []
     for image_set in image_sets:
@@ -219,8 +199,8 @@ def main(cfg):
         # Nearest class mean on the normalised pixels: what is to be had without learning.
         path, checkpoint = next(iter(checkpoints.values()))
         rows += test_model(cfg, "pixels", path, checkpoint, image_set, device)
-    for row in rows:
-        row["tutorials_classes"] = cfg.dataset == "cifar100" and split == tutorials
+    tutorials = cfg.dataset == "cifar100" and split == split_classes(data.class_names)
+    rows = [{**row, "tutorials_classes": tutorials} for row in rows]
 
     if is_first():
         published = ()
@@ -270,6 +250,35 @@ def load_checkpoints(cfg):
                 f"or pass --finetune={next(iter(checkpoints))}"
             )
     return checkpoints
+
+
+def load_image_sets(cfg, checkpoints):
+    """Load what is tested: the held-out classes of the training data set, and the unseen domains.
+
+    Returns (the training data set as an ImageSet, its class split, the ImageSets to test, {unseen
+    domain: why it cannot be tested}).
+    """
+    shapes = {path: image_shape(found) for path, found in checkpoints.values()}
+    known = {path: shape for path, shape in shapes.items() if shape}
+    shape = agreed(known, "on images of different sizes") if known else None
+    data = on_first(lambda: load_images(cfg, cfg.dataset, shape))
+    shape = tuple(data.images.shape[2:])
+    tutorials = split_classes(data.class_names)  # the files of the tutorial carry none
+    splits = {path: found["class_split"] or tutorials for path, found in checkpoints.values()}
+    split = agreed(splits, "on different classes")
+    tell_changes(checkpoints, data)
+
+    image_sets, failures = [data.of_classes(split[cfg.classes])], {}
+    draw_all_tasks(cfg, image_sets[0])  # raises now rather than after an hour
+    default = () if cfg.protocol == "episodes" else DEFAULT_DOMAINS.get(cfg.dataset, ())
+    for domain in default if cfg.domains == ("auto",) else cfg.domains:
+        try:
+            image_set = on_first(partial(load_images, cfg, domain, shape))
+            draw_all_tasks(cfg, image_set)
+            image_sets.append(image_set)
+        except UserError as error:  # the rest is worth having
+            failures[domain] = str(error)
+    return data, split, image_sets, failures
 
 
 def agreed(values, how_they_differ):
