@@ -151,8 +151,8 @@ class _HelpFormat(argparse.RawDescriptionHelpFormatter):
 def refuse_own_output(cfg, name, model):
     """Raise UserError where the option `name` is the file that a training run of `model` writes."""
     path, start = getattr(cfg, name), os.path.join(cfg.checkpoint_dir, cfg.dataset, model)
-    own = [os.path.realpath(f"{start}{end}") for end in (".pt", "_last.pt")]
-    if path and os.path.realpath(path) in own:
+    own = [os.path.abspath(f"{start}{end}") for end in (".pt", "_last.pt")]
+    if path and os.path.abspath(path) in own:
         raise UserError(
             f"{name} is {path}, which the run would overwrite; move it or pass another "
             "--checkpoint_dir"

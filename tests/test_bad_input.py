@@ -285,10 +285,9 @@ def test_checkpoints_of_different_class_splits_do_not_share_a_table(
 def test_checkpoints_of_different_image_sizes_do_not_share_a_table(
     class_names, glyph_dir, tmp_path
 ):
-    save_checkpoint(tmp_path / "first.pt", tiny_checkpoint(class_names))
-    second = tiny_checkpoint(class_names, "maml")
-    second["config"]["image_size"] = 64
-    save_checkpoint(tmp_path / "second.pt", second)
+    for name, model, side in ("first", "protonet", 32), ("second", "maml", 64):
+        contents = {**tiny_checkpoint(class_names, model), "image_shape": [side, side]}
+        save_checkpoint(tmp_path / f"{name}.pt", contents)
     message = "first.pt and .*second.pt were trained on images of different sizes"
     with pytest.raises(UserError, match=message) as error:
         evaluate_file(
