@@ -19,10 +19,10 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import matplotlib.pyplot as plt
-from scipy import stats
 
 from common.checkpoint import MODEL_NAMES
 from common.figures import STYLES, save_figure
+from common.kshot import half_width
 from common.tutorial import CORRECTED, K_SHOTS, PRINTED, PRINTED_STD
 
 ROOT = sys.path[0]
@@ -84,7 +84,7 @@ def compare_tests(dataset, rows):
         of_model = {row["k_shot"]: row for row in rows if row["model"] == model}
         if (model, dataset) in PRINTED:
             sets = [IMAGES_PER_CLASS[dataset] // k for k in K_SHOTS]
-            widths = [t_interval(*each) for each in zip(PRINTED_STD[model, dataset], sets)]
+            widths = [half_width(*each) for each in zip(PRINTED_STD[model, dataset], sets)]
             tutorials[model] = CORRECTED[model, dataset], widths
             print_row(f"{name}, printed", intervals(PRINTED[model, dataset], widths))
             print_row(f"{name}, corrected", intervals(*tutorials[model]))
@@ -121,11 +121,6 @@ def draw_tests(dataset, here, tutorials):
     axis.legend(title="bars: 95 % interval")
     figure.tight_layout()
     save_figure(figure, os.path.join(RESULTS, f"compared_{dataset}"))
-
-
-def t_interval(std, count):
-    """Return the half-width of the 95 % interval of a mean, by Student's t."""
-    return float(stats.t.ppf(0.975, count - 1)) * std / math.sqrt(count)
 
 
 def intervals(means, widths):

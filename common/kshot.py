@@ -210,7 +210,12 @@ def summarize(accuracies):
     if count < 2:
         return mean, None, None
     std = accuracies.std().item()
-    return mean, std, float(stats.t.ppf(0.975, count - 1)) * std / math.sqrt(count)
+    return mean, std, half_width(std, count)
+
+
+def half_width(std, count):
+    """Return the half-width of the 95 % interval of a mean of `count` values, by Student's t."""
+    return float(stats.t.ppf(0.975, count - 1)) * std / math.sqrt(count)
 
 
 def _split_task(task, labels, n_way, k_shot):
