@@ -42,7 +42,7 @@ from common.images import (
     IMAGE_SUFFIXES,
     list_folder,
     list_images,
-    name_unused,
+    print_unused,
     read_images,
     read_labelled,
     shown,
@@ -127,7 +127,7 @@ def inner_loop_of(cfg, checkpoint):
     if checkpoint["model"] in ADAPTING:
         names = ("num_inner_steps", "lr_inner", "lr_output")
         options = {name: getattr(cfg, name) for name in names}
-        return InnerLoop.of_training(checkpoint["config"], **options)
+        return InnerLoop.of(checkpoint["config"], **options)
     return None
 
 
@@ -161,11 +161,9 @@ def list_files(cfg):
         kinds = ", ".join(IMAGE_SUFFIXES)
         raise UserError(f"{folder} holds no image ({kinds}); put the images to classify there")
     class_files = {shown(path.name): list_images(path) for path in class_folders}
-    used = {*files, *class_folders, *(path for own in class_files.values() for path in own)}
+    used = {support, *class_folders, *files}.union(*class_files.values())
     for each in (folder, support, *class_folders):
-        unused = sorted(set(list_folder(each)) - used)
-        holds_images = [path for path in unused if path.is_dir() and list_images(path)]
-        name_unused(each, [path for path in unused if path.is_file() or path in holds_images])
+        print_unused(each, sorted(set(list_folder(each)) - used))
     return class_files, files
 
 
@@ -179,7 +177,7 @@ def choose_left_out(labels, class_names, most):
     if single:
         print(f"classes of one image, which cannot be left out: {', '.join(single)}")
     left_out = torch.nonzero(shots[labels] > 1)[:, 0]
-    return left_out[spread_evenly(len(left_out), most)] if 0 < most < len(left_out) else left_out
+    return spread_evenly(left_out, most)
 
 
 def by_nearest_prototype(encoder, support, labels, images, left_out):

@@ -20,6 +20,8 @@ import hashlib
 import json
 import os
 import re
+import shlex
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -58,8 +60,8 @@ from common.parallel import is_first, on_first, process_count, tasks_at_a_time
 from common.published import published_results
 from common.samplers import FewShotBatchSampler
 from common.script import run_script
-from common.splits import split_classes
-from common.tables import text_table, variant, write_class_table, write_tables
+from common.splits import split_classes, split_name
+from common.tables import name_of, text_table, variant, write_class_table, write_tables
 
 PROTOCOL = 1  # version of the test: results of another version are not reused
 DEFAULT_DOMAINS = {"cifar100": ("svhn",), "glyphs": ("glyph_digits",)}
@@ -127,12 +129,14 @@ class Config:
         require_one_of(self, "finetune", tuple(MODEL_NAMES))
         require_one_of(self, "precision", PRECISIONS)
         require_one_of(self, "protocol", ("tutorial", "episodes"))
-        in_vain = limits if self.protocol == "episodes" else EPISODE
+        in_vain, other = limits, "tutorial"
+        if self.protocol == "tutorial":
+            in_vain, other = EPISODE, "episodes"
         for name in in_vain:
             if (value := getattr(self, name)) != (default := getattr(Config, name)):
                 raise UserError(
                     f"{name} is {show(value)}, which does nothing with --protocol={self.protocol}; "
-                    f"pass --{name}={show(default)} or the other protocol"
+                    f"pass --{name}={show(default)} or --protocol={other}"
                 )
         for name in per_k:
             count, needed = len(getattr(self, name)), getattr(Config, name) != ()
@@ -144,10 +148,8 @@ class Config:
         for name in ("k_shots", "domains", "finetune"):
             values = getattr(self, name)
             if len(set(values)) < len(values) or (name == "k_shots" and not values):
-                found = ",".join(map(str, values)) or "empty"
-                raise UserError(
-                    f"{name} is {found}; name each value once, --k_shots=2,4,8 for example"
-                )
+                once = show(tuple(dict.fromkeys(values)) or Config.k_shots)
+                raise UserError(f"{name} is {show(values)}; pass each value once: --{name}={once}")
         if "auto" in self.domains and len(self.domains) > 1:
             found = ",".join(self.domains)
             raise UserError(
@@ -191,23 +193,20 @@ def main(cfg):
 
     rows = []
     for image_set in image_sets:
-        for model, (path, checkpoint) in checkpoints.items():
-            rows += test_model(cfg, model, path, checkpoint, image_set, device)
+        for model, checkpoint in checkpoints.items():
+            rows += test_model(cfg, model, checkpoint, image_set, device)
             if model in cfg.finetune:
-                model = f"{model}_finetuned"
-                rows += test_model(cfg, model, path, checkpoint, image_set, device)
-        # Nearest class mean on the normalised pixels: what is to be had without learning.
-        path, checkpoint = next(iter(checkpoints.values()))
-        rows += test_model(cfg, "pixels", path, checkpoint, image_set, device)
-    tutorials = cfg.dataset == "cifar100" and split == split_classes(data.class_names)
-    rows = [{**row, "tutorials_classes": tutorials} for row in rows]
+                rows += test_model(cfg, f"{model}_finetuned", checkpoint, image_set, device)
+        # Nearest class mean on the pixels, normalised as for the first model: no learning at all.
+        rows += test_model(cfg, "pixels", next(iter(checkpoints.values())), image_set, device)
+    rows = [{**row, "split": split_name(split, data)} for row in rows]
 
     if is_first():
         published = ()
         if cfg.protocol == "episodes" and cfg.classes == "test":
-            published = published_results(cfg.dataset, split["test"], cfg.n_way)
+            published = published_results(rows[0]["split"], cfg.n_way)
         print(text_table(rows, failures, published))
-        write_tables(rows, failures, cfg.results_dir, published)
+        write_tables(rows, failures, cfg.results_dir, published, how_it_was_made(checkpoints))
         for image_set in image_sets:
             path = os.path.join(cfg.results_dir, f"classes_{image_set.name}.csv")
             write_class_table(rows_by_class(cfg, image_set, rows), image_set.class_names, path)
@@ -218,8 +217,18 @@ def main(cfg):
     return 1 if failures else 0
 
 
+def how_it_was_made(checkpoints):
+    """Return the command and the checkpoints of a test, as Markdown."""
+    command = shlex.join(["python", "evaluate.py", *sys.argv[1:]])
+    tested = [f"{each['path']} ({each['file_sha256'][:12]})" for each in checkpoints.values()]
+    return f"\n    {command}\n\nCheckpoints, and how their SHA-256 begins: {', '.join(tested)}.\n"
+
+
 def load_checkpoints(cfg):
-    """Return {model: (path, checkpoint)} of the named files, or of the data set's folder."""
+    """Return {model: checkpoint} of the named files, or of the data set's folder.
+
+    A checkpoint carries its path and file_sha256, too.
+    """
     named = {model: getattr(cfg, model) for model in MODEL_NAMES if getattr(cfg, model)}
     folder = os.path.join(cfg.checkpoint_dir, cfg.dataset)
     in_folder = {model: os.path.join(folder, f"{model}.pt") for model in MODEL_NAMES}
@@ -236,8 +245,7 @@ def load_checkpoints(cfg):
         if sha256(path) != digest:
             raise UserError(f"{path} was replaced while it was read; start again")
         # Of what was read: a run that trains meanwhile may replace the file at any time.
-        checkpoints[model] = path, {**checkpoint, "file_sha256": digest}
-    for model, (path, checkpoint) in checkpoints.items():
+        checkpoints[model] = {**checkpoint, "path": path, "file_sha256": digest}
         if (found := checkpoint["model"]) != model:
             raise UserError(f"{path} holds a {found}, not a {model}; pass it as --{found}={path}")
         if (trained_on := checkpoint["dataset"]) != cfg.dataset:
@@ -258,20 +266,22 @@ def load_image_sets(cfg, checkpoints):
     Returns (the training data set as an ImageSet, its class split, the ImageSets to test, {unseen
     domain: why it cannot be tested}).
     """
-    shapes = {path: image_shape(found) for path, found in checkpoints.values()}
-    known = {path: shape for path, shape in shapes.items() if shape}
+    models = checkpoints.values()
+    known = {each["path"]: image_shape(each) for each in models if image_shape(each)}
     shape = agreed(known, "on images of different sizes") if known else None
     data = on_first(lambda: load_images(cfg, cfg.dataset, shape))
     shape = tuple(data.images.shape[2:])
     tutorials = split_classes(data.class_names)  # the files of the tutorial carry none
-    splits = {path: found["class_split"] or tutorials for path, found in checkpoints.values()}
+    splits = {each["path"]: each["class_split"] or tutorials for each in models}
     split = agreed(splits, "on different classes")
-    tell_changes(checkpoints, data)
+    print_changes(models, data)
 
     image_sets, failures = [data.of_classes(split[cfg.classes])], {}
     draw_all_tasks(cfg, image_sets[0])  # raises now rather than after an hour
-    default = () if cfg.protocol == "episodes" else DEFAULT_DOMAINS.get(cfg.dataset, ())
-    for domain in default if cfg.domains == ("auto",) else cfg.domains:
+    domains = cfg.domains
+    if domains == ("auto",):
+        domains = () if cfg.protocol == "episodes" else DEFAULT_DOMAINS.get(cfg.dataset, ())
+    for domain in domains:
         try:
             image_set = on_first(partial(load_images, cfg, domain, shape))
             draw_all_tasks(cfg, image_set)
@@ -295,9 +305,10 @@ def agreed(values, how_they_differ):
 
 def load_images(cfg, name, shape):
     """Return the ImageSet `name`, whose images must have the `shape` of training where given."""
-    square = shape and shape[0] == shape[1]
-    image_set = load_dataset(name, cfg.data_dir, shape[0] if square else 32)
-    if (found := tuple(image_set.images.shape[2:])) != (shape or found):
+    side = shape[0] if shape and shape[0] == shape[1] else 32
+    image_set = load_dataset(name, cfg.data_dir, side)
+    found = tuple(image_set.images.shape[2:])
+    if shape and found != shape:
         raise UserError(
             f"the images of {name} are {size_text(found)} pixels, but the models were trained on "
             f"{size_text(shape)}; bring them to that size, or put them into a folder"
@@ -305,36 +316,36 @@ def load_images(cfg, name, shape):
     return image_set
 
 
-def tell_changes(checkpoints, data):
+def print_changes(checkpoints, data):
     """Print which models were trained on other images than the data set of that name has now."""
-    if data.name in SOURCES or not is_first():  # there, the order may differ, not the images
+    if data.name in SOURCES:  # there, the order may differ, not the images
         return
-    for path, checkpoint in checkpoints.values():
+    for checkpoint in checkpoints:
         if checkpoint.get("data_digest") not in (None, data.digest()):
             print(
-                f"{data.name} has changed since {path} was trained on it: images of the training "
-                "may be among those of the test"
+                f"{data.name} has changed since {checkpoint['path']} was trained on it: images of "
+                "the training may be among those of the test"
             )
 
 
 def draw_all_tasks(cfg, image_set):
     """Raise UserError where the images do not give the tasks of every k."""
     for k_shot in cfg.k_shots:
-        draw_tasks(cfg, image_set, k_shot)
+        draw_tasks(cfg, image_set, k_shot, {})
 
 
-def test_model(cfg, model, path, checkpoint, image_set, device):
+def test_model(cfg, model, checkpoint, image_set, device):
     """Return one result row per k.
 
     Each is kept on disk as soon as it is there, and reused by the next run.
     """
-    rows, missing = on_first(lambda: kept_results(cfg, model, path, checkpoint, image_set))
+    rows, missing = on_first(lambda: kept_results(cfg, model, checkpoint, image_set))
     works = {
-        k: (row["settings"], draw_tasks(cfg, image_set, k, **row["settings"]))
+        k: (row["settings"], draw_tasks(cfg, image_set, k, row["settings"]))
         for k, (row, _) in missing.items()
     }
     if missing:
-        counts_of = prepare_test(cfg, model, path, checkpoint, image_set, device)
+        counts_of = prepare_test(cfg, model, checkpoint, image_set, device)
         adapting = {k: work for k, work in works.items() if adapts(work[0])}
         progress = Progress(cfg, model, adapting, image_set, tasks_at_a_time(device))
     for k_shot, (row, kept) in missing.items():
@@ -352,7 +363,8 @@ def test_model(cfg, model, path, checkpoint, image_set, device):
             "num_queries": int(counts[0].sum()),
         }
         if episodes:
-            weights = [] if model == "pixels" else encoder_of(checkpoint, path).parameters()
+            encoder = encoder_of(checkpoint, checkpoint["path"])
+            weights = [] if model == "pixels" else encoder.parameters()
             rows[k_shot]["parameters"] = sum(tensor.numel() for tensor in weights)
         elif model != "pixels":
             rows[k_shot]["confusion"] = counts.sum(dim=0).long().tolist()
@@ -362,15 +374,15 @@ def test_model(cfg, model, path, checkpoint, image_set, device):
     return [rows[k_shot] for k_shot in cfg.k_shots]
 
 
-def draw_tasks(cfg, image_set, k_shot, max_support_sets=0, **other_settings):
+def draw_tasks(cfg, image_set, k_shot, settings):
     """Return the tasks of a test at k: a tensor as in common/kshot.py."""
     labels, names = image_set.labels, image_set.class_names
     if cfg.protocol == "episodes":
         return random_episodes(labels, cfg.n_way, k_shot, cfg.n_query, cfg.num_episodes, names)
-    return support_sets(labels, k_shot, names, max_support_sets)
+    return support_sets(labels, k_shot, names, settings.get("max_support_sets", 0))
 
 
-def kept_results(cfg, model, path, checkpoint, image_set):
+def kept_results(cfg, model, checkpoint, image_set):
     """Return {k: result row} of what is kept on disk, and {k: (row without result, path)} else."""
     identity = {
         "protocol": PROTOCOL,
@@ -423,7 +435,7 @@ def test_settings(cfg, model, checkpoint, image_set, position):
     names = FINE_TUNING if fine_tuned else INNER_LOOP
     loop = {name: value for name in names if (value := at_k(name)) is not None}
     if not fine_tuned:
-        loop = dataclasses.asdict(InnerLoop.of_training(checkpoint["config"], **loop))
+        loop = dataclasses.asdict(InnerLoop.of(checkpoint["config"], **loop))
     if not episodes and adapts(loop):
         other["max_support_sets"] = at_k("max_support_sets")
     return {**loop, **other}
@@ -440,11 +452,11 @@ def option_of(cfg, name, image_set):
     return of_domains if is_unseen(cfg, image_set) and getattr(cfg, of_domains) else name
 
 
-def prepare_test(cfg, model, path, checkpoint, image_set, device):
+def prepare_test(cfg, model, checkpoint, image_set, device):
     """Return the function (tasks, k, settings, progress) -> counts of a model on a data set."""
     image_set = image_set.to(device)
     labels, n_way = image_set.labels, way_of(cfg, image_set)
-    encoder = encoder_of(checkpoint, path).to(device)
+    encoder = encoder_of(checkpoint, checkpoint["path"]).to(device)
     encoder.precision = cfg.precision
     normalized = partial(normalize, mean=checkpoint["mean"], std=checkpoint["std"])
     views = Views(image_set.images, cfg.views, normalized)
@@ -458,8 +470,10 @@ def prepare_test(cfg, model, path, checkpoint, image_set, device):
     def counts_of(tasks, k_shot, settings, progress):
         if not adapts(settings):
             return nearest_prototype_counts(features(), labels, tasks, n_way, k_shot, progress)
-        kind = FineTuning if "finetune_steps" in settings else InnerLoop
-        inner_loop = kind(**{f.name: settings[f.name] for f in dataclasses.fields(kind)})
+        if "finetune_steps" in settings:
+            inner_loop = FineTuning(settings["finetune_steps"], settings["finetune_lr"])
+        else:
+            inner_loop = InnerLoop.of(settings)
         return adapted_counts(
             encoder, views, labels, tasks, n_way, k_shot, inner_loop, progress, in_graph
         )
@@ -592,7 +606,8 @@ def draw_figures(cfg, data, split, image_sets, rows):
         models = [model for model in ROW_NAMES if model in tested]
         held_out = not is_unseen(cfg, image_set)
         part = {"test": "Test", "val": "Validation"}[cfg.classes] if held_out else "All"
-        title = f"{part} classes of {image_set.name}" + variant(vars(cfg))
+        name = name_of(image_set.name, rows[0]["split"] if held_out else "")
+        title = f"{part} classes of {name}" + variant(vars(cfg))
         where_tested = title[0].lower() + title[1:]
         in_episodes = cfg.protocol == "episodes"
         if len(cfg.k_shots) > 1 or not in_episodes:

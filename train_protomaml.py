@@ -101,7 +101,9 @@ class Config:
 
     def __post_init__(self):
         require(self, "image_size", least=SMALLEST_IMAGE)
-        require(self, "n_way", *(["val_way"] if self.val_way else []), least=2)
+        require(self, "n_way", least=2)
+        if self.val_way:
+            require(self, "val_way", least=2)
         require(
             self, "k_shot", "n_query", "tasks_per_step", "proto_dim", "num_inner_steps", least=1
         )
@@ -158,7 +160,8 @@ def solve_task(cfg, encoder, n_way, images, local, attached=True):
     x_spt, x_qry = images.split([len(y_spt), len(y_qry)])
     # Inner loop: theta' = theta - lr_inner * gradient of the support loss, num_inner_steps times
     # (`inner_step` in common/inner_loop.py).
-    local, weight, bias = adapt(encoder, x_spt, y_spt, n_way, InnerLoop.of(cfg), local, attached)
+    inner_loop = InnerLoop.of(vars(cfg))
+    local, weight, bias = adapt(encoder, x_spt, y_spt, n_way, inner_loop, local, attached)
     # What the outer loop minimises: the query loss of the adapted copy. With batchnorm "batch" the
     # copy is still in train mode, and the queries are normalised by their own statistics.
     logits = F.linear(local(x_qry), weight, bias)  # [N*Q, N]

@@ -83,7 +83,9 @@ class Config:
 
     def __post_init__(self):
         require(self, "image_size", least=SMALLEST_IMAGE)
-        require(self, "n_way", *(["val_way"] if self.val_way else []), least=2)
+        require(self, "n_way", least=2)
+        if self.val_way:
+            require(self, "val_way", least=2)
         require(self, "k_shot", "n_query", "episodes_per_step", "proto_dim", "epochs", least=1)
         require(self, "weight_decay", "steps_per_epoch", "seed", least=0)
         require(self, "color_jitter", least=0, most=1)

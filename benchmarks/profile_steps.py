@@ -27,10 +27,12 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from common.config import UserError, require
+from common.data import TrainingData
 from common.script import run_script
 
 K_SHOT = 32  # of the adaptation
-STEP, BACKWARD = "step", "evaluate_function"  # in a profile: the step, an operation's backward
+# In a profile: the step, an operation's backward, the making of a step's images.
+STEP, BACKWARD, AUGMENTATION = "step", "evaluate_function", "augmentation"
 SUMS, PYTHON, REST = "concatenation, sums of gradients", "Python, autograd", "the rest"
 # What the outermost operations of a group are called in a profile, forward and backward. Where two
 # groups fit, the first counts.
@@ -43,7 +45,7 @@ GROUPS = {
     "pooling": "pool|mean",
     # Every layer reads the outputs of all before it, so that their gradients are sums.
     SUMS: "::cat$|catbackward",
-    "augmentation, normalisation": f"^{speed.AUGMENTATION}$",
+    "augmentation, normalisation": f"^{AUGMENTATION}$",
     "optimizer, inner SGD, copies of weights": "optimizer|_foreach_|accumulategrad",
 }
 
@@ -73,6 +75,11 @@ def main(cfg):
         raise UserError(
             "found device mps, which PyTorch's profiler does not time; pass --device=cpu"
         )
+    # Under a name of their own, so that their operations are not those of other groups.
+    named = record_function(AUGMENTATION)
+    for trainer in (speed.train_protonet, speed.train_protomaml):
+        trainer.augment = named(trainer.augment)
+    TrainingData.normalize = named(TrainingData.normalize)
     trainer = speed.protonet_trainer(bench, bench.encoder())
     columns = [measure(bench, "ProtoNet step", one_step(bench, trainer, 1), speed.PROTONET_PASSES)]
 
@@ -86,7 +93,7 @@ def main(cfg):
     columns.append(measure(bench, name, step, passes))
 
     names = [*GROUPS, PYTHON, REST, "time in the profile", "time", "of matrix rate", "CPU threads"]
-    headings, *rows = zip(["", *names], *columns)
+    lines = zip(["", *names], *columns)
     name = speed.machine(bench.device)
     about = [
         f"{datetime.date.today()}, {name}; torch {torch.__version__}, device {bench.device.type}",
@@ -94,7 +101,7 @@ def main(cfg):
         f"n = {cfg.repeats} of each step, in float32: means of the shares, medians of the times",
     ]
     name += "-profile-quick" if cfg.quick else "-profile"
-    table = ("Shares of a step's time", headings, rows)
+    table = ("Shares of a step's time", *lines)
     speed.report(cfg.results_dir, name, "Where the time goes", about, [table])
 
 

@@ -13,6 +13,7 @@ import csv
 import json
 import math
 import os
+import statistics
 import sys
 
 # The project's root, before the imports from there.
@@ -30,6 +31,8 @@ RESULTS = os.path.join(ROOT, "results", "tutorial")
 MODELS = ("protonet", "protomaml", "maml")
 EPOCHS = (1, 5, 10, 20, 50, 100, 140, 200)  # of the printed table
 IMAGES_PER_CLASS = {"cifar100": 600, "svhn": 500}  # in the tutorial's tests
+# (epoch, accuracy in %) of the published checkpoints on this project's validation episodes.
+AUTHORS_CHECKPOINTS = {"protonet": (175, 70.67), "protomaml": (200, 71.17)}
 
 
 def main():
@@ -45,26 +48,36 @@ def main():
 def compare_training():
     """Draw and print the validation curves beside the author's."""
     figure, axis = plt.subplots(figsize=(7, 4.2))
-    print_heading("5-way validation accuracy in % after epoch", [*EPOCHS, "best"])
+    columns = [*EPOCHS, "mean of the last 20", "best"]
+    print_heading("5-way validation accuracy in % after epoch", columns)
     for model in MODELS:
         ours = os.path.join(ROOT, "checkpoints", "tutorial", "cifar100", f"{model}.csv")
         authors = os.path.join(RESULTS, f"author_{model}.csv")
         for path, column, whose, line in (
             (ours, "val_accuracy", "here", "-"),
-            (authors, "val_acc", "the author's", ":"),
+            (authors, "val_acc", "the author's log", ":"),
         ):
             if not os.path.exists(path):
                 continue
             accuracy = read_curve(path, column)
-            name, color = f"{MODEL_NAMES[model]}, {whose}", STYLES[model]["color"]
-            axis.plot(*zip(*accuracy.items()), line, color=color, label=name)
+            name = f"{MODEL_NAMES[model]}, {whose}"
+            style = {**STYLES[model], "markersize": 5, "markevery": 20, "linewidth": 1.2}
+            if line == ":":
+                style["markerfacecolor"] = "white"
+            axis.plot(*zip(*accuracy.items()), line, label=name, **style)
             best = max(accuracy, key=accuracy.get)
             cells = [f"{accuracy[e]:.2f}" if e in accuracy else "-" for e in EPOCHS]
-            print_row(name, [*cells, f"{accuracy[best]:.2f} ({best})"])
+            last = statistics.mean(list(accuracy.values())[-20:])
+            print_row(name, [*cells, f"{last:.2f}", f"{accuracy[best]:.2f} ({best})"])
+        if model in AUTHORS_CHECKPOINTS:
+            star = {**STYLES[model], "marker": "*", "markersize": 11, "markeredgecolor": "black"}
+            label = f"{MODEL_NAMES[model]}, the author's checkpoint on these episodes"
+            axis.plot(*AUTHORS_CHECKPOINTS[model], linestyle="", label=label, **star)
+    axis.set_title("The tutorial's recipes on CIFAR-100")
     axis.set_xlabel("Epoch")
     axis.set_ylabel("5-way validation accuracy in %")
     axis.grid(alpha=0.3)
-    axis.legend()
+    axis.legend(fontsize=8)
     figure.tight_layout()
     save_figure(figure, os.path.join(RESULTS, "curves"))
 
@@ -87,7 +100,8 @@ def compare_tests(dataset, rows):
             widths = [half_width(*each) for each in zip(PRINTED_STD[model, dataset], sets)]
             tutorials[model] = CORRECTED[model, dataset], widths
             print_row(f"{name}, printed", intervals(PRINTED[model, dataset], widths))
-            print_row(f"{name}, corrected", intervals(*tutorials[model]))
+            if PRINTED[model, dataset] != CORRECTED[model, dataset]:
+                print_row(f"{name}, corrected", intervals(*tutorials[model]))
         if of_model:
             here[model] = tuple(
                 [100 * of_model[k][quantity] for k in K_SHOTS] for quantity in ("accuracy", "ci95")
@@ -109,9 +123,10 @@ def draw_tests(dataset, here, tutorials):
     for model, (found, widths) in here.items():
         label = f"{MODEL_NAMES[model]}, here"
         axis.errorbar(K_SHOTS, found, yerr=widths, capsize=3, label=label, **STYLES[model])
-    for model, (corrected, _) in tutorials.items():
+    for model, (corrected, widths) in tutorials.items():
         label = f"{MODEL_NAMES[model]}, the tutorial's, corrected"
-        axis.plot(K_SHOTS, corrected, ":", color=STYLES[model]["color"], label=label)
+        style = {**STYLES[model], "linestyle": ":", "markerfacecolor": "white", "label": label}
+        axis.errorbar(K_SHOTS, corrected, yerr=widths, capsize=3, **style)
     axis.set_xscale("log", base=2)
     axis.set_xticks(K_SHOTS, map(str, K_SHOTS))
     axis.minorticks_off()

@@ -10,6 +10,7 @@ it to benchmarks/results/<machine>-scaling.md.
 
 import datetime
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import torch
 from speed import machine, report, show_time
 
 from common.config import UserError, require
+from common.device import pick_device
 from common.script import run_script
 
 ROOT = sys.path[0]
@@ -73,13 +75,13 @@ def main(cfg):
         ratios = [f"{show_time(taken)} ({times[0] / taken:.2f})" for taken in times]
         rows.append((name, *ratios))
         print(f"measured: {name}: {' / '.join(ratios)}", file=sys.stderr, flush=True)
-    name = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    name = machine(pick_device(cfg.device))
     about = [
         f"{datetime.date.today()}, {name}; torch {torch.__version__}, one thread per process",
-        f"command: python benchmarks/scaling.py; glyphs, medians of {cfg.repeats} measurements",
+        f"command: python {shlex.join(sys.argv)}; glyphs, medians of {cfg.repeats} measurements",
         f"in brackets: how many times as fast as with {cfg.processes[0]}",
     ]
-    table = ("Time with N processes", ("", *(f"N = {count}" for count in cfg.processes)), rows)
+    table = ("Time with N processes", ("", *(f"N = {count}" for count in cfg.processes)), *rows)
     report(cfg.results_dir, f"{name}-scaling", "Several processes", about, [table])
 
 

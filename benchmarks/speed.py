@@ -34,7 +34,6 @@ import numpy as np
 import peers
 import torch
 import tutorial_style
-from torch.profiler import record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 # The project's root, before the imports from there.
@@ -45,31 +44,25 @@ import train_protonet
 from common.augment import EpochBatches, Views, augment
 from common.config import UserError, require
 from common.cuda_graph import CudaGraphStep
-from common.data import ImageSet, channel_statistics, load_dataset, normalize
+from common.data import ImageSet, TrainingData, channel_statistics, load_dataset, normalize
 from common.device import pick_device
 from common.encoder import Encoder, encode_in_batches
 from common.files import write_text
 from common.glyphs import draw_glyphs
-from common.inner_loop import (
-    OUTPUT_INITS,
-    InnerLoop,
-    adapt,
-    follow_statistics,
-    hand_over_gradients,
-)
+from common.inner_loop import OUTPUT_INITS, InnerLoop, adapt
 from common.kshot import adapted_counts, support_sets
 from common.optimizer import make_optimizer
 from common.parallel import Workers
 from common.samplers import FewShotBatchSampler, TaskBatchSampler, episode_labels
 from common.script import run_script
 from common.splits import split_classes
+from common.tables import markdown_lines, text_lines
 
 ROOT = sys.path[0]
 N_WAY, K_SHOT, N_QUERY = 5, 4, 4  # of a training task, as in the trainers
-EPISODE = SimpleNamespace(n_way=N_WAY, k_shot=K_SHOT, n_query=N_QUERY)
+EPISODE = {"n_way": N_WAY, "k_shot": K_SHOT, "n_query": N_QUERY}
 TEST_WAY = 10  # classes of the k-shot test
 LR_INNER = 0.1  # of the encoder's copy and of the output layer, on all sides
-AUGMENTATION = "augmentation"  # what a profile calls the making of a step's images
 # How many forward passes of one image a ProtoNet step amounts to; a backward pass counts as two.
 PROTONET_PASSES = 3 * N_WAY * (K_SHOT + N_QUERY)
 # Sides of a line; the others are libraries.
@@ -124,7 +117,8 @@ class Bench:
         self.data = read_images(cfg)
         self.train = self.data.of_classes(split_classes(self.data.class_names)["train"])
         self.mean, self.std = channel_statistics(self.train)
-        self.resident = self.train.to(self.device)
+        resident = self.train.to(self.device)
+        self.training = TrainingData(resident, None, {}, self.mean, self.std, "")
         # As many queries as the test has on CIFAR-100: where ten classes have fewer images, these
         # come more than once.
         test = self.data.of_classes(self.data.class_names[:TEST_WAY])
@@ -202,7 +196,7 @@ class Episodes:
     """The project's batches, drawn for an epoch at a time; a step makes its own images."""
 
     def __init__(self, bench, tasks=1):
-        self.images, self.sampler = bench.resident.images, bench.sampler(tasks)
+        self.images, self.sampler = bench.training.train.images, bench.sampler(tasks)
 
     def draw(self):
         episodes = self.sampler.episodes()  # [steps, T, N*(K+Q)]
@@ -267,42 +261,27 @@ def flop_per_image(bench):
     return counter.get_total_flops() / 40
 
 
-@record_function(AUGMENTATION)
-def make_images(bench, batch, *crops):
+def make_images(data, batch, *crops):
     """Return the images of a step, [B, 3, H, W], as the trainers make them."""
-    return normalize(augment(bench.resident.images[batch], *crops), bench.mean, bench.std)
+    return data.normalize(augment(data.train.images[batch], *crops))
 
 
 def protonet_trainer(bench, encoder):
     """Return the function that does one step of train_protonet.py."""
     optimizer = make_optimizer(encoder.parameters(), 2e-4, 0.01, bench.device)
-
-    def learn_episode(batch, *crops_and_flips):
-        images = make_images(bench, batch, *crops_and_flips)
-        loss, accuracy = train_protonet.solve_episode(EPISODE, encoder, images)
-        encoder.zero_grad()
-        loss.backward()
-        return loss.detach(), accuracy
-
-    return tracked(bench, learn_episode, optimizer)
+    cfg = SimpleNamespace(**EPISODE, episodes_per_step=1)
+    learn = partial(train_protonet.learn_episodes, cfg, bench.training, encoder, None)
+    return tracked(bench, learn, optimizer)
 
 
 def protomaml_trainer(bench, encoder, tasks, num_inner_steps, output_init="prototypes"):
     """Return the function that does one outer step of train_protomaml.py."""
     optimizer = make_optimizer(encoder.parameters(), 1e-3, 0.01, bench.device)
     inner_loop = InnerLoop(num_inner_steps, LR_INNER, LR_INNER, output_init)
-    cfg = SimpleNamespace(**vars(EPISODE), **dataclasses.asdict(inner_loop))
-    learn_task = partial(train_protomaml.learn_task, cfg, encoder)
+    cfg = SimpleNamespace(**EPISODE, **dataclasses.asdict(inner_loop))
     workers = Workers(bench.device, tasks, encoder)
-
-    def learn_tasks(batch, *crops_and_flips):
-        images = make_images(bench, batch, *crops_and_flips).chunk(tasks)
-        losses, accuracies, gradients, statistics = zip(*workers.map(learn_task, images))
-        hand_over_gradients(encoder, gradients)
-        follow_statistics(encoder, statistics)
-        return torch.stack(losses).mean(), torch.stack(accuracies).mean()
-
-    return tracked(bench, learn_tasks, optimizer)
+    learn = partial(train_protomaml.learn_tasks, cfg, bench.training, encoder, workers)
+    return tracked(bench, learn, optimizer)
 
 
 def outer_step_passes(tasks, num_inner_steps, output_init="prototypes"):
@@ -368,7 +347,7 @@ def start_loader(bench, tasks=0):
 
 
 def speed_table(bench, lines, gflops, flop):
-    """Return the first table: (title, headings, rows)."""
+    """Return the first table: (title, headings, *rows)."""
     sides = {PROJECT: "", BFLOAT16: "", TUTORIAL: "", **bench.libraries}
     rows = []
     for name, cells, passes in lines:
@@ -382,7 +361,7 @@ def speed_table(bench, lines, gflops, flop):
         f"Speed: medians of {bench.cfg.repeats}; in brackets: how many times the project's time; "
         "GFLOP/s of the project in float32"
     )
-    return title, ("", *headings, "GFLOP/s", "of matrix rate"), rows
+    return title, ("", *headings, "GFLOP/s", "of matrix rate"), *rows
 
 
 def show_cell(cells, side):
@@ -402,7 +381,7 @@ def protonet_lines(bench):
     project = partial(project_side, bench, Episodes(bench))
     others = partial(loader_side, bench, start_loader(bench), lead=lead)
     sides = {
-        PROJECT: partial(project, partial(make_images, bench), bench.batches),
+        PROJECT: partial(project, partial(make_images, bench.training), bench.batches),
         TUTORIAL: partial(others, lambda images, labels: None, bench.batches),
     }
     data = bench.line("data for one ProtoNet step", sides)
@@ -581,7 +560,7 @@ def growth_table(bench):
         for n, taken, one in zip(counts, times, added):
             rows.append((name, str(n), show_time(taken), show_time(taken / n), one))
     headings = ("n: number of", "n", "time", "time / n", "per added one")
-    return "Growth: the project's time for n of something", headings, rows
+    return "Growth: the project's time for n of something", headings, *rows
 
 
 def memory_table(bench):
@@ -605,7 +584,7 @@ def memory_table(bench):
         for kind in used[0]:
             rows.append((f"{name}: {kind}", *(show_memory(each[kind]) for each in used)))
     title = "Memory in use after n training steps, with a tiny encoder (four blocks of one layer)"
-    return title, ("", *(f"n = {n:,}" for n in marks)), rows
+    return title, ("", *(f"n = {n:,}" for n in marks)), *rows
 
 
 def memory_in_use(device):
@@ -670,11 +649,15 @@ def machine(device):
 
 
 def report(folder, name, title, about, tables):
-    """Print lines about a run and its tables (title, headings, rows); write <folder>/<name>.md."""
-    print("\n\n".join(["\n".join(about), *(text_table(*table) for table in tables)]))
+    """Print lines about a run and its tables (title, headings, *rows); write <folder>/<name>.md."""
+    print("\n".join(about))
+    for heading, *cells in tables:
+        print("\n".join(["", heading, *text_lines(cells, left=(0,))]))
     path = os.path.join(folder, re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".md")
     bullets = "\n".join(f"- {line}" for line in about)
-    parts = [f"# {title}", bullets, *(markdown_table(*table) for table in tables)]
+    parts = [f"# {title}", bullets]
+    for heading, *cells in tables:
+        parts += [f"## {heading}", "\n".join(markdown_lines(cells, left=(0,)))]
     write_text(path, "\n\n".join(parts) + "\n")
     print(f"\nwrote {path}")
 
@@ -685,25 +668,6 @@ def show_time(taken):
 
 def show_memory(count):
     return f"{count / 2**20:,.1f} MiB"
-
-
-def text_table(title, headings, rows):
-    """Return a table of fixed width."""
-    widths = [max(map(len, column)) for column in zip(headings, *rows)]
-
-    def aligned(line):
-        others = (cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))
-        return "  ".join([line[0].ljust(widths[0]), *others])
-
-    lines = [aligned(line) for line in (headings, *rows)]
-    return "\n".join([title, lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def markdown_table(title, headings, rows):
-    """Return the same table as Markdown, under a heading of its own."""
-    rule = ["---", *["---:"] * (len(headings) - 1)]
-    lines = [f"| {' | '.join(line)} |" for line in (headings, rule, *rows)]
-    return "\n".join([f"## {title}", "", *lines])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The training augmentation, for a whole batch on its device; the views of an image in a test.
 
-It does what torchvision's RandomHorizontalFlip, RandomResizedCrop(size, scale=(least_scale, 1),
+It does what torchvision's RandomHorizontalFlip, RandomResizedCrop(size, scale=(least_crop, 1),
 ratio=(0.9, 1.1)) and, if wanted, ColorJitter (brightness, contrast, saturation, in this order) do
 to one image after another; only where no crop fits, in images far from square, it takes the whole
 image. The random numbers are drawn apart from their use: on the CPU, for an epoch at a time, so
@@ -13,7 +13,7 @@ import torch
 
 from common.parallel import share
 
-LEAST_SCALE = 0.8  # area of the smallest crop, as a share of the image; the largest is all of it
+LEAST_CROP = 0.8  # area of the smallest crop, as a share of the image; the largest is all of it
 RATIO = (0.9, 1.1)  # width of the crop over its height
 ATTEMPTS = 10  # crops drawn until one fits into the image, as in torchvision
 LEAST_VIEW = 0.7  # area of the smallest crop among the views of a test
@@ -23,14 +23,14 @@ class EpochBatches:
     """Images, random crops, flips and colour changes of all steps of an epoch, drawn on the CPU.
 
     tasks: indices into images, int64 [steps, T, M]: in each step T tasks of M images. images
-    [N, 3, H, W]: they lie on the device that augments them. least_scale: area of the smallest crop,
+    [N, 3, H, W]: they lie on the device that augments them. least_crop: area of the smallest crop,
     as a share of the image. color_jitter: see `draw_jitter`.
     With several processes all draw the same numbers, and each keeps those of its share of the
     tasks.
     """
 
-    def __init__(self, tasks, images, generator, least_scale=LEAST_SCALE, color_jitter=0.0):
-        boxes, flips = draw_augmentation(tasks.numel(), *images.shape[2:], generator, least_scale)
+    def __init__(self, tasks, images, generator, least_crop=LEAST_CROP, color_jitter=0.0):
+        boxes, flips = draw_augmentation(tasks.numel(), *images.shape[2:], generator, least_crop)
         # Drawn even where it is not used: the episodes of a seed do not depend on this option.
         factors = draw_jitter(tasks.numel(), color_jitter, generator)
         drawn = [tasks.flatten(), boxes, flips, *([factors] if color_jitter else [])]
@@ -76,26 +76,26 @@ class Views:
             images = augment(images.repeat_interleave(self.count, dim=0), boxes, flips)
         return self.normalize(images)
 
-    def random(self, indices, generator, least_scale, color_jitter):
+    def random(self, indices, generator, least_crop, color_jitter):
         """Return a random crop, its colours changed, of each image, [B, 3, H, W]; no flips.
 
-        least_scale and color_jitter are those of `draw_augmentation` and `draw_jitter`.
+        least_crop and color_jitter are those of `draw_augmentation` and `draw_jitter`.
         """
         images = self.images[indices]
-        boxes, flips = draw_augmentation(len(images), *images.shape[2:], generator, least_scale)
+        boxes, flips = draw_augmentation(len(images), *images.shape[2:], generator, least_crop)
         factors = draw_jitter(len(images), color_jitter, generator)
         drawn = (numbers.to(images.device) for numbers in (boxes, torch.zeros_like(flips), factors))
         return self.normalize(augment(images, *drawn))
 
 
-def draw_augmentation(count, height, width, generator, least_scale=LEAST_SCALE):
+def draw_augmentation(count, height, width, generator, least_crop=LEAST_CROP):
     """Draw crop boxes and flips for `count` images of `height` x `width` pixels.
 
-    least_scale: area of the smallest crop, as a share of the image. Returns boxes int64 [count, 4]
+    least_crop: area of the smallest crop, as a share of the image. Returns boxes int64 [count, 4]
     = (top, left, height, width), in pixels, and flips bool [count].
     """
     uniform = torch.rand(2, count, ATTEMPTS, generator=generator)
-    area = height * width * (least_scale + uniform[0] * (1 - least_scale))
+    area = height * width * (least_crop + uniform[0] * (1 - least_crop))
     ratio = torch.exp(math.log(RATIO[0]) + uniform[1] * math.log(RATIO[1] / RATIO[0]))
     crop_height = (area / ratio).sqrt().round().long()  # [count, ATTEMPTS]
     crop_width = (area * ratio).sqrt().round().long()

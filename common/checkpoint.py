@@ -7,17 +7,16 @@ import warnings
 
 import torch
 
-from common.config import UserError
+from common.config import UserError, first_line
 from common.encoder import Encoder
 from common.files import atomic_file
 from common.images import size_text
 from common.inner_loop import BATCHNORMS, OUTPUT_INITS
 from common.parallel import on_first
-from common.splits import split_classes
+from common.splits import PARTS, is_list_of_names, split_classes
 from common.tutorial import is_lightning_file, read_lightning_file
 
 FORMAT = "few-shot checkpoint, version 2"
-FIRST_FORMAT = "few-shot checkpoint, version 1"  # without a digest
 MODEL_NAMES = {
     "classifier": "Classifier",
     "protonet": "ProtoNet",
@@ -47,9 +46,8 @@ def save_checkpoint(path, contents):
 def load_checkpoint(path):
     """Return the checkpoint in `path`, on the CPU: the dict that a training run saved.
 
-    Files of the first format and the tutorial's Lightning files have no digest: they are read with
-    a notice. Code inside a file is never run. Raises UserError where the file is missing, damaged,
-    foreign or hostile.
+    The tutorial's Lightning files have no digest: they are read with a notice. Code inside a file
+    is never run. Raises UserError where the file is missing, damaged, foreign or hostile.
     """
     if not os.path.isfile(path):
         raise UserError(
@@ -67,15 +65,14 @@ def load_checkpoint(path):
             f"{path} is not a readable checkpoint ({first_line(error)}); it may be damaged or "
             "foreign: train again or pass another file"
         ) from error
-    if is_lightning_file(contents):
-        unsaid = {"class_split": {}, "val_accuracy": None, "data_digest": None}
-        contents = {**unsaid, **read_lightning_file(contents, path), "format": FIRST_FORMAT}
-    has_digest = _check_digest(contents, path)
+    lightning = is_lightning_file(contents)
+    if lightning:
+        contents = {"class_split": {}, **read_lightning_file(contents, path)}
+    else:
+        _check_digest(contents, path)
     _check_contents(contents, path)
-    if not has_digest:
+    if lightning:
         print(f"{path} carries no digest, so damage to it would go unnoticed")
-        if contents["model"] == "protonet" and _was_classifying(contents):
-            contents["model"] = "classifier"
     return contents
 
 
@@ -128,14 +125,11 @@ def encoder_of(checkpoint, path):
 
 
 def image_shape(checkpoint):
-    """Return (height, width), in pixels, of the images that a checkpoint was trained on, or None.
+    """Return (height, width), in pixels, of the images that a checkpoint was trained on.
 
-    Earlier files do not say it: there, 32 is what was asked for, but an .npz kept its own size.
+    None where it does not say: the tutorial's, and some that come with the project.
     """
-    if "image_shape" in checkpoint:
-        return tuple(checkpoint["image_shape"])
-    side = checkpoint["config"].get("image_size", 32)
-    return (side, side) if side != 32 else None
+    return tuple(checkpoint["image_shape"]) if "image_shape" in checkpoint else None
 
 
 def load_encoder(path, data):
@@ -186,26 +180,15 @@ def is_finite(encoder):
     return torch.stack(finite).all().item()
 
 
-def first_line(error):
-    """Return the first line of an error's message, or its class where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__
-
-
 def _check_digest(contents, path):
-    """Take the digest out of `contents`; return whether there is one.
-
-    Raises UserError where it is missing or does not fit.
-    """
+    """Take the digest out of `contents`; raise UserError where it is missing or does not fit."""
     found = contents.get("format") if isinstance(contents, dict) else type(contents).__name__
-    if found not in (FORMAT, FIRST_FORMAT):
+    if found != FORMAT:
         raise UserError(
             f"{path} is not a checkpoint of this project (found {str(found)[:60]!r}, needed "
             f"{FORMAT!r}); pass another file"
         )
     digest = contents.pop("digest", None)
-    if digest is None and found == FIRST_FORMAT:
-        return False
     try:
         fits = digest == content_digest(contents)
     except Exception:  # tensors of a kind that no checkpoint holds
@@ -215,16 +198,6 @@ def _check_digest(contents, path):
             f"{path} is damaged: its content does not fit its digest; pass another file or train "
             "again"
         )
-    return True
-
-
-def _was_classifying(contents):
-    """Return whether a "protonet" saw no episode up to its best epoch.
-
-    Earlier versions trained both in one script: so many epochs of classification, then episodes.
-    """
-    epochs = contents["config"].get("pretrain_epochs", 0)
-    return isinstance(epochs, int) and 0 < contents["epoch"] <= epochs
 
 
 def _check_contents(contents, path):
@@ -261,8 +234,6 @@ def _check_contents(contents, path):
                 wrong.append(name)
     if not wrong and not _is_shape(contents.get("image_shape", [32, 32])):
         wrong.append("image_shape")
-    if not wrong and not _is_shape(2 * [contents["config"].get("image_size", 32)]):
-        wrong.append("image_size")
     if wrong:
         raise UserError(
             f"{path} is damaged: its {wrong[0]!r} cannot be used; pass another file or train again"
@@ -287,8 +258,4 @@ def _is_shape(shape):
 
 
 def _is_split(split):
-    parts = [split.get(part) for part in ("train", "val", "test")]
-    return all(
-        isinstance(part, list) and part and all(isinstance(name, str) for name in part)
-        for part in parts
-    )
+    return all(is_list_of_names(split.get(part)) and split[part] for part in PARTS)

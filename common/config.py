@@ -20,6 +20,12 @@ class UserError(Exception):
         super().__init__(" ".join(line.strip() for line in str(message).splitlines()))
 
 
+def first_line(error):
+    """Return the first line of an error's message, or its class where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
 def parse_config(config_class, argv, script="script", doc="", recipes=None):
     """Return `config_class` with the values of `argv`, else of the recipe, else its defaults.
 
@@ -135,6 +141,17 @@ def require_one_of(cfg, name, allowed):
             raise UserError(f"{name} is {word!r}, but one of {', '.join(allowed)} is needed{hint}")
 
 
+def refuse_own_output(cfg, name, model):
+    """Raise UserError where the option `name` is the file that a training run of `model` writes."""
+    path, start = getattr(cfg, name), os.path.join(cfg.checkpoint_dir, cfg.dataset, model)
+    own = [os.path.abspath(f"{start}{end}") for end in (".pt", "_last.pt")]
+    if path and os.path.abspath(path) in own:
+        raise UserError(
+            f"{name} is {path}, which the run would overwrite; move it or pass another "
+            "--checkpoint_dir"
+        )
+
+
 class _HelpFormat(argparse.RawDescriptionHelpFormatter):
     """argparse's format, wide enough for one line per option, with --name=type as it is typed."""
 
@@ -148,23 +165,14 @@ class _HelpFormat(argparse.RawDescriptionHelpFormatter):
         return super()._format_action_invocation(action).replace(" =", "=")
 
 
-def refuse_own_output(cfg, name, model):
-    """Raise UserError where the option `name` is the file that a training run of `model` writes."""
-    path, start = getattr(cfg, name), os.path.join(cfg.checkpoint_dir, cfg.dataset, model)
-    own = [os.path.abspath(f"{start}{end}") for end in (".pt", "_last.pt")]
-    if path and os.path.abspath(path) in own:
-        raise UserError(
-            f"{name} is {path}, which the run would overwrite; move it or pass another "
-            "--checkpoint_dir"
-        )
-
-
 class _Parser(argparse.ArgumentParser):
     """argparse's parser, but an error is raised as UserError instead of printed with the usage."""
 
     def error(self, message):
         found = re.match(r"argument --(\w+): (.*)", message)
-        message = f"--{found[1]}: {found[2]}" if found else message
+        if found:
+            needed = f"a value is needed: --{found[1]}=VALUE"
+            message = f"--{found[1]}: {found[2].replace('expected one argument', needed)}"
         raise UserError(f"{message}; --help lists every option")
 
 

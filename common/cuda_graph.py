@@ -4,6 +4,8 @@ import sys
 
 import torch
 
+from common.config import first_line
+
 # Eager calls before the recording: lazy initialisation and cuDNN's choice of algorithms cannot be
 # part of a graph.
 WARM_UP = 3
@@ -47,7 +49,7 @@ class CudaGraphStep:
                 self.outputs = self.function(*self.inputs)
         except RuntimeError as error:
             self.wanted = False
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             print(f"no CUDA graph ({reason}); going on without one, more slowly", file=sys.stderr)
             return False
         self.graph = graph

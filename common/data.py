@@ -25,9 +25,9 @@ from common.images import (
     IMAGE_SUFFIXES,
     list_folder,
     list_images,
-    name_copies,
-    name_unused,
     original_size,
+    print_copies,
+    print_unused,
     read_images,
     shown,
     size_text,
@@ -263,9 +263,9 @@ def _read_folder(name, folder, image_size, file, kept, made_from):
         print(f"{folder}, or --image_size, changed since {file} was made; reading the images again")
     folders = {folder, *class_folders, *(path.parent for path in class_folders)}
     found = {path for each in folders for path in list_folder(each)}
-    name_unused(folder, sorted(found - {*paths, *folders}))
+    print_unused(folder, sorted(found - {*paths, *folders}))
     images = read_images(paths, image_size, str(folder))
-    name_copies(images, paths)
+    print_copies(images, paths)
     labels = np.repeat(np.arange(len(files)), [len(own) for own in files]).astype(np.int64)
     data = _image_set(name, images, labels, class_names, folder)
     data.split = split
@@ -333,11 +333,8 @@ def _folder_state(folder, paths, image_size):
 
 
 def _size_range(paths):
-    sizes = [original_size(path) for path in paths]
-    smallest, largest = (
-        "{}x{}".format(*choose(sizes, key=lambda size: (math.prod(size), size)))
-        for choose in (min, max)
-    )
+    sizes = sorted(map(original_size, paths), key=lambda size: (math.prod(size), size))
+    smallest, largest = ("{}x{}".format(*size) for size in (sizes[0], sizes[-1]))
     return smallest if smallest == largest else f"{smallest} to {largest}"
 
 
@@ -367,10 +364,12 @@ def _image_set(name, images, labels, class_names, source=None):
             f"{source}: images are {size_text(images.shape[1:])} pixels, but the encoder needs at "
             f"least {SMALLEST_IMAGE}x{SMALLEST_IMAGE}; enlarge or pad them (32x32 is usual)"
         )
-    if len(set(class_names)) != count or count < 2:
+    if count < 2:
+        raise UserError(f"{source}: found {count} class, but at least 2 are needed; add classes")
+    if len(set(class_names)) != count:
         raise UserError(
-            f"{source}: found {len(set(class_names))} different class names in {count}, but at "
-            "least 2, all different, are needed; name each class once"
+            f"{source}: found {len(set(class_names))} different class names in {count}, but all "
+            "must be different; name each class once"
         )
     if labels.min(initial=0) < 0 or labels.max(initial=0) >= count:
         raise UserError(
@@ -438,10 +437,6 @@ def _downloaded(read, files, address):
     return source
 
 
-def _drawn(draw):
-    return lambda name, root: draw()
-
-
 # Data sets that can be made where their file is absent:
 # name -> function(name, data_dir) -> images, labels, class names.
 SOURCES = {
@@ -454,6 +449,6 @@ SOURCES = {
         "the four .gz files of MNIST, in MNIST/raw,",
         "https://ossci-datasets.s3.amazonaws.com/mnist/",
     ),
-    "glyphs": _drawn(draw_glyphs),
-    "glyph_digits": _drawn(draw_glyph_digits),
+    "glyphs": lambda name, root: draw_glyphs(),
+    "glyph_digits": lambda name, root: draw_glyph_digits(),
 }

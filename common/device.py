@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from common.config import UserError
+from common.config import UserError, first_line
 from common.parallel import process_count
 
 
@@ -36,10 +36,10 @@ def pick_device(name):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, AssertionError) as error:
         raise UserError(
-            f"device {name!r} cannot be used here ({reason}); pass --device=auto or --device=cpu"
+            f"device {name!r} cannot be used here ({first_line(error)}); pass --device=auto or "
+            "--device=cpu"
         ) from error
     if device.type == "cuda":
         # Streams and graphs are made on the current device.

@@ -15,6 +15,8 @@ import torch
 
 from common.checkpoint import ROW_NAMES
 from common.files import atomic_file
+from common.tables import tutorials_accuracy
+from common.tutorial import PRINTED
 
 plt.rcParams["text.parse_math"] = False  # a class may be called "US$": no formula begins there
 plt.rcParams["svg.hashsalt"] = "few-shot"  # the same numbers give the same bytes, see save_figure
@@ -30,7 +32,9 @@ STYLES = {
 # The same model, fine-tuned: the same colour and marker, filled white, and a dash-dotted line.
 FINE_TUNED = {"markerfacecolor": "white", "linestyle": "-."}
 TRAIN, VALIDATION = "#0072B2", "#D55E00"
+LEAST_RANGE = {"loss": 0.2, "accuracy": 5}  # of an axis: less would make noise look like learning
 UNSURE = "#D55E00"
+GAP = 2  # pixels between the images of an episode
 
 
 def save_figure(figure, path, suffixes=(".png", ".svg")):
@@ -46,22 +50,23 @@ def save_figure(figure, path, suffixes=(".png", ".svg")):
     plt.close(figure)
 
 
-def plot_training_curves(history, model_name, dataset, path):
+def plot_training_curves(history, title, tasks, path):
     """Draw loss and accuracy over the epochs, training and validation.
 
-    history: one dict per epoch, as in the CSV.
+    history: one dict per epoch, as in the CSV. tasks: {"train", "val"}, what is classified in
+    either; accuracies of different tasks cannot be compared.
     """
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
     epochs = [row["epoch"] for row in history]
     marker = "." if len(epochs) < 40 else None
     quantities = (("loss", 1, "Cross-entropy"), ("accuracy", 100, "Accuracy in %"))
     for axis, (quantity, scale, label) in zip(axes, quantities):
-        for part, color, classes in (
-            ("train", TRAIN, "training"),
-            ("val", VALIDATION, "validation"),
-        ):
+        for part, color, line in (("train", TRAIN, "--"), ("val", VALIDATION, "-")):
             values = [scale * row[f"{part}_{quantity}"] for row in history]
-            axis.plot(epochs, values, color=color, label=f"{classes} classes", marker=marker)
+            axis.plot(epochs, values, line, color=color, label=tasks[part], marker=marker)
+        low, high = axis.get_ylim()
+        if (missing := LEAST_RANGE[quantity] - (high - low)) > 0:
+            axis.set_ylim(low - missing / 2, high + missing / 2)
         axis.set_xlabel("Epoch")
         axis.set_ylabel(label)
         axis.set_xlim(0.5, epochs[-1] + 0.5)  # a single epoch has no range of its own
@@ -71,7 +76,7 @@ def plot_training_curves(history, model_name, dataset, path):
     best = max(history, key=lambda row: row["val_accuracy"])["epoch"]
     axes[1].axvline(best, color="#666666", linestyle=":", label=f"best epoch: {best}")
     axes[1].legend()
-    figure.suptitle(f"Training of {model_name} on {dataset}")
+    figure.suptitle(title)
     figure.tight_layout()
     save_figure(figure, path)
 
@@ -109,7 +114,7 @@ def plot_episode(image_set, episode, n_way, k_shot, path):
         axis.imshow(grid, interpolation="nearest")
         axis.set_title(title, fontsize=10)
         axis.set_xticks([])
-        height = image_set.images.shape[2] + 2
+        height = image_set.images.shape[2] + GAP
         axis.set_yticks([row * height + height / 2 for row in range(n_way)])
         names = [image_set.class_names[image_set.labels[rows[row, 0]]] for row in range(n_way)]
         axis.set_yticklabels(map(_wrapped, names) if axis is axes[0] else [])
@@ -122,31 +127,36 @@ def plot_episode(image_set, episode, n_way, k_shot, path):
 
 
 def plot_accuracy_over_k(rows, models, title, path):
-    """Draw accuracy over k for each of `models`.
+    """Draw accuracy over k for each of `models`, and the tutorial's where it tested the same.
 
-    Points are means, bars 95 % intervals, bands one standard deviation. rows: result rows of one
-    tested data set, with model, k_shot, n_way, accuracy, std, ci95.
+    Points are means, bars 95 % intervals; for a single model a band shows one standard deviation.
+    rows: result rows of one tested data set, as in common/tables.py.
     """
     figure, axis = plt.subplots(figsize=(6, 4))
+    handles = []
     for model in models:
         of_model = (row for row in rows if row["model"] == model)
         points = sorted(of_model, key=lambda row: row["k_shot"])
-        if not points:
-            continue
         k = [row["k_shot"] for row in points]
         mean, std, ci95 = (
             [100 * (row[name] or 0) for row in points] for name in ("accuracy", "std", "ci95")
         )
         base = model.removesuffix("_finetuned")
         style = {**STYLES[base], **({} if base == model else FINE_TUNED), "label": ROW_NAMES[model]}
-        axis.errorbar(k, mean, yerr=ci95, capsize=3, **style)
-        low, high = ([m + sign * s for m, s in zip(mean, std)] for sign in (-1, 1))
-        axis.fill_between(k, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        handles.append(axis.errorbar(k, mean, yerr=ci95, capsize=3, **style))
+        if len(models) == 1:
+            low, high = ([m + sign * s for m, s in zip(mean, std)] for sign in (-1, 1))
+            axis.fill_between(k, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        tutorials = {row["k_shot"]: tutorials_accuracy(row) for row in points}
+        if base == model and all(tutorials.values()):
+            of_tutorial = {"linestyle": ":", "markerfacecolor": "white", "markersize": 4.5}
+            printed = {row["k_shot"]: tutorials_accuracy(row, PRINTED) for row in points}
+            which = "the tutorial's" + (", corrected" if tutorials != printed else "")
+            of_tutorial["label"] = f"{ROW_NAMES[model]}, {which}"
+            handles += axis.plot(*zip(*tutorials.items()), **{**style, **of_tutorial})
     n_way = rows[0]["n_way"]
-    chance = 100 / n_way
-    axis.axhline(
-        chance, color="black", linestyle=":", linewidth=1, label=f"Chance ({chance:.0f} %)"
-    )
+    chance = {"color": "black", "linestyle": ":", "label": f"Chance ({100 / n_way:.0f} %)"}
+    handles.append(axis.axhline(100 / n_way, linewidth=1, **chance))
     axis.set_xscale("log", base=2)
     k_values = sorted({row["k_shot"] for row in rows})
     axis.set_xticks(k_values, [str(k) for k in k_values])
@@ -156,8 +166,12 @@ def plot_accuracy_over_k(rows, models, title, path):
     axis.set_title(f"{title}, {n_way}-way")
     axis.grid(alpha=0.3)
     # Beside the axes: the curves may lie anywhere in them.
-    place = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
-    axis.legend(title="bars: 95 % interval\nband: 1 std", fontsize=8, title_fontsize=8, **place)
+    place = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5), "alignment": "left"}
+    explained = "bars: 95 % interval of the mean"
+    if len(models) == 1:
+        one = "episode" if "num_episodes" in rows[0] else "support set"
+        explained += f"\nband: ± 1 std of a single {one}"
+    axis.legend(handles=handles, title=explained, fontsize=8, title_fontsize=8, **place)
     save_figure(figure, path)
 
 
@@ -176,10 +190,11 @@ def plot_confusion(counts, class_names, title, path):
     norm = matplotlib.colors.PowerNorm(0.5, vmin=0, vmax=100)
     image = axis.imshow(percent, cmap="Blues", norm=norm, interpolation="nearest")
     bar = figure.colorbar(image, fraction=0.046, pad=0.03, aspect=30, ticks=(0, 1, 5, 20, 50, 100))
-    bar.set_label("% of the true class")
+    bar.set_label("% of the true class" + (" (no number: below 0.5)" if classes <= 20 else ""))
     font = min(8, 650 / classes)
     names = [_wrapped(name) for name in class_names]
-    axis.set_xticks(range(classes), names, rotation=90, fontsize=font)
+    rotation = 90 if max(map(len, class_names)) > 2 else 0
+    axis.set_xticks(range(classes), names, rotation=rotation, fontsize=font)
     axis.set_yticks(range(classes), names, fontsize=font)
     axis.set_xlabel("Predicted class")
     axis.set_ylabel("True class")
@@ -226,12 +241,12 @@ def plot_contact_sheet(images, rows, unsure, title, path, columns=10):
     save_figure(figure, path.removesuffix(".png"), (".png",))
 
 
-def _grid(images, columns, gap=2):
+def _grid(images, columns):
     """Lay images out in rows of `columns`, white in between.
 
-    images uint8 [R * columns, 3, H, W] -> numpy uint8 [R * (H + gap), columns * (W + gap), 3].
+    images uint8 [R * columns, 3, H, W] -> numpy uint8 [R * (H + GAP), columns * (W + GAP), 3].
     """
-    padded = torch.nn.functional.pad(images.cpu(), (0, gap, 0, gap), value=255)
+    padded = torch.nn.functional.pad(images.cpu(), (0, GAP, 0, GAP), value=255)
     count, channels, height, width = padded.shape
     rows = count // columns
     grid = padded.reshape(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)

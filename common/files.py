@@ -1,6 +1,7 @@
 """Files appear whole or not at all: write beside, flush, rename."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -34,8 +35,10 @@ def atomic_file(path):
         os.replace(temporary, path)
     except OSError as error:
         reason = error.strerror or str(error)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "free some space there" if full else "make it writable"
         raise UserError(
-            f"cannot write {path}: {reason}; free some space there or choose another folder"
+            f"cannot write {path}: {reason}; {advice} or choose another folder"
         ) from error
     finally:
         with contextlib.suppress(OSError):

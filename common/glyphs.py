@@ -1,14 +1,14 @@
 """Two small image data sets drawn from the fonts that matplotlib installs.
 
-``draw_glyphs`` draws 100 characters of several scripts (no digits) as 32 x 32
+`draw_glyphs` draws 100 characters of several scripts (no digits) as 32 x 32
 colour images: the shape of CIFAR-100, in the spirit of Omniglot. A class is a
 character; its images differ in font face, size, slant, position, colours,
-background, blur and noise. ``draw_glyph_digits`` draws the digits 0 to 9 with
+background, blur and noise. `draw_glyph_digits` draws the digits 0 to 9 with
 parts of their neighbours in view, less contrast and more noise: a second domain
 that relates to the first as the house numbers of SVHN relate to CIFAR-100.
 
 Few-shot methods can be trained and compared on them without a download. Every
-number comes from NumPy's PCG64 generator, seeded by (seed, domain, class), so
+number comes from NumPy's PCG64 generator, seeded by (0, domain, class), so
 a class is the same whatever is drawn beside it.
 """
 
@@ -101,14 +101,14 @@ NEIGHBOUR = 0.85  # probability of a further digit, on either side
 GAP = (2, 7)  # space between digits, in mask pixels
 
 
-def draw_glyphs(seed=0, images_per_class=600):
+def draw_glyphs(images_per_class=600):
     """Draw the 100 character classes.
 
     Returns (images, labels, class_names): images uint8 [100 * images_per_class, 32, 32, 3];
     labels int64 [100 * images_per_class], 0 to 99 in ascending order; class_names a list of
     100 ASCII names such as "greek_small_xi". Images of a class are independent draws, in no
-    order. Raises ValueError if seed is negative or images_per_class is below 1, RuntimeError
-    if the installed fonts hold a character in fewer than MIN_FACES faces.
+    order. Raises RuntimeError if the installed fonts hold a character in fewer than MIN_FACES
+    faces.
     """
     fonts = _open_fonts()
 
@@ -119,15 +119,15 @@ def draw_glyphs(seed=0, images_per_class=600):
 
     names = [unicodedata.name(character).lower() for character in CHARACTERS]
     names = [name.replace(" letter", "").replace(" ", "_") for name in names]
-    return (*_draw(seed, 0, images_per_class, len(names), coverage, GLYPH_LOOK), names)
+    return (*_draw(0, images_per_class, len(names), coverage, GLYPH_LOOK), names)
 
 
-def draw_glyph_digits(seed=0, images_per_class=500):
+def draw_glyph_digits(images_per_class=500):
     """Draw the 10 digit classes; the label is the digit in the centre.
 
     Returns (images, labels, class_names) as draw_glyphs does, with 10 classes named
     "0" to "9": images uint8 [10 * images_per_class, 32, 32, 3], labels int64. Raises the
-    same errors.
+    same error.
     """
     fonts = _open_fonts()
     by_digit = [_face_masks(digit, fonts) for digit in DIGITS]
@@ -148,16 +148,14 @@ def draw_glyph_digits(seed=0, images_per_class=500):
             ink = np.maximum(ink, _gather(masks, beside, x - offset, y))
         return ink
 
-    return (*_draw(seed, 1, images_per_class, 10, coverage, DIGIT_LOOK), list(DIGITS))
+    return (*_draw(1, images_per_class, 10, coverage, DIGIT_LOOK), list(DIGITS))
 
 
-def _draw(seed, domain, count, classes, coverage, look):
+def _draw(domain, count, classes, coverage, look):
     """Images and labels of a domain; coverage(label, rng) gives a class's [count, 32, 32]."""
-    if count < 1:
-        raise ValueError(f"images_per_class must be at least 1, got {count}")
     images = np.empty((classes, count, SIZE, SIZE, 3), dtype=np.uint8)
     for label in range(classes):
-        rng = np.random.default_rng([seed, domain, label])
+        rng = np.random.default_rng([0, domain, label])
         images[label] = _paint(rng, coverage(label, rng), look)
     labels = np.repeat(np.arange(classes, dtype=np.int64), count)
     return images.reshape(-1, SIZE, SIZE, 3), labels

@@ -36,7 +36,7 @@ def list_images(folder):
     return [path for path in list_folder(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
-def name_unused(folder, paths):
+def print_unused(folder, paths):
     """Print what of a folder's paths is not used, if any."""
     if paths:
         names = ", ".join(shown(path.relative_to(folder)) for path in paths[:5])
@@ -44,7 +44,7 @@ def name_unused(folder, paths):
         print(f"not used in {folder}: {names}{more}")
 
 
-def name_copies(images, paths):
+def print_copies(images, paths):
     """Print how many images [N, S, S, 3] have the pixels of an earlier one, if any."""
     first, copies = {}, []
     for image, path in zip(images, paths, strict=True):
@@ -144,7 +144,7 @@ def read_labelled(class_files, files, size):
         f"{fewest if fewest == most else f'{fewest} to {most}'} of each; images to classify: "
         f"{len(left)}; all brought to {size}x{size} pixels"
     )
-    name_copies(images[: counts.sum()], [path for path in paths if path not in errors])
+    print_copies(images[: counts.sum()], [path for path in paths if path not in errors])
     labels = torch.arange(len(counts)).repeat_interleave(counts)
     return torch.from_numpy(images).permute(0, 3, 1, 2), labels, list(shots), left, len(errors)
 

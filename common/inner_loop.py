@@ -11,10 +11,11 @@ from common.prototypes import distance_logits, make_prototypes, prototype_head
 from common.samplers import episode_labels
 
 OUTPUT_INITS = ("prototypes", "zeros")  # ProtoMAML and MAML
-# Of fine-tuning: images of a class in one half at most, area of the smallest crop as a share of the
-# image, largest random change of brightness, contrast and saturation.
-MOST_IN_HALF, LEAST_SCALE, COLOR_JITTER = 8, 0.6, 0.3
 BATCHNORMS = ("batch", "frozen")  # statistics of the batch at hand, or the encoder's running ones
+# Of fine-tuning
+MOST_IN_HALF = 8  # images of a class in one half at most
+FINETUNE_LEAST_CROP = 0.6  # area of the smallest crop, as a share of the image
+FINETUNE_COLOR_JITTER = 0.3  # largest random change of brightness, contrast and saturation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,17 +38,12 @@ class InnerLoop:
     batchnorm: str = "batch"
 
     @classmethod
-    def of(cls, cfg):
-        """Return the inner loop with the values that `cfg` has under the same names."""
-        return cls(**{field.name: getattr(cfg, field.name) for field in dataclasses.fields(cls)})
-
-    @classmethod
-    def of_training(cls, config, **others):
-        """Return the inner loop of a checkpoint's config, with `others` where they are not 0."""
-        # An option that is younger than the checkpoint has its default.
+    def of(cls, config, **others):
+        """Return the inner loop of a config, a dict, with `others` where they are not 0."""
+        # An option that is younger than a checkpoint's config has its default.
         names = [field.name for field in dataclasses.fields(cls) if field.name in config]
-        trained = {name: config[name] for name in names}
-        return cls(**trained | {name: value for name, value in others.items() if value})
+        given = {name: config[name] for name in names}
+        return cls(**given | {name: value for name, value in others.items() if value})
 
 
 def adapt(encoder, x_spt, y_spt, n_way, inner_loop, local=None, attached=True):
@@ -125,7 +121,7 @@ def fine_tune(encoder, views, support, n_way, fine_tuning, local=None):
         order = torch.rand(by_class.shape, generator=generator).argsort(dim=1).to(support.device)
         shuffled = by_class.gather(1, order)
         episode = torch.cat([shuffled[:, :half].flatten(), shuffled[:, -half:].flatten()])
-        images = views.random(episode, generator, LEAST_SCALE, COLOR_JITTER)
+        images = views.random(episode, generator, FINETUNE_LEAST_CROP, FINETUNE_COLOR_JITTER)
         support_half, query_half = local(images).chunk(2)  # [N * half, D] each
         logits = distance_logits(query_half, make_prototypes(support_half, n_way))
         optimizer.zero_grad()

@@ -39,14 +39,15 @@ def support_sets(labels, k_shot, class_names, max_sets=0):
             f"{class_names[counts.argmin()]!r}; pass smaller numbers, --k_shots=2,4 for example"
         )
     sets = FewShotBatchSampler(labels, len(class_names), k_shot, shuffle=False).episodes()
-    if 0 < max_sets < len(sets):
-        sets = sets[spread_evenly(len(sets), max_sets)]
-    return sets
+    return spread_evenly(sets, max_sets)
 
 
-def spread_evenly(available, wanted):
-    """Return `wanted` positions in 0..available-1: the middles of as many equal parts."""
-    return [(2 * part + 1) * available // (2 * wanted) for part in range(wanted)]
+def spread_evenly(rows, most):
+    """Return at most `most` rows of a tensor (0: all): the middles of as many equal parts."""
+    count = len(rows)
+    if not 0 < most < count:
+        return rows
+    return rows[[(2 * part + 1) * count // (2 * most) for part in range(most)]]
 
 
 def random_episodes(labels, n_way, k_shot, n_query, count, class_names):
@@ -142,9 +143,11 @@ def adapted_counts(
             logits = torch.cat([F.linear(local(batch), weight, bias) for batch in batches])
             logits = logits.unflatten(0, (-1, views.count)).mean(dim=1)  # [Q, n_way]
         if not logits.isfinite().all():
+            tuned = isinstance(inner_loop, FineTuning)
+            names = "--finetune_lr" if tuned else "--lr_inner or --lr_output"
             raise UserError(
                 f"the adaptation to a support set of {n_way * k_shot} images diverged; pass a "
-                "smaller learning rate or fewer steps"
+                f"smaller {names} (on an unseen domain, --domain_...) or fewer steps"
             )
         return _count(logits, y_qry)
 

@@ -17,7 +17,7 @@ from queue import SimpleQueue
 import torch
 from torch import distributed
 
-from common.config import UserError
+from common.config import UserError, first_line
 
 STREAMS = 4  # tasks that run side by side on a GPU
 
@@ -195,7 +195,7 @@ def _communicate(operation, *arguments):
         operation(*arguments)
     except RuntimeError as error:
         # "[a file of the library: line] Connection closed by peer [127.0.0.1]:2460. This is ..."
-        reason = re.sub(r"^\[.*?\] ", "", str(error).strip()).split(". ")[0].splitlines()[0]
+        reason = re.sub(r"^\[.*?\] ", "", first_line(error)).split(". ")[0]
         raise UserError(
             f"another process ended early or cannot be reached ({reason[:160]}); see what it says, "
             "then start again: what was saved is intact, and a trainer goes on with --resume=true"

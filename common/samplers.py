@@ -72,8 +72,8 @@ class FewShotBatchSampler:
     def _check(self, classes, counts, class_names):
         if self.N_way > len(classes):
             raise UserError(
-                f"{self.N_way}-way episodes need {self.N_way} classes, found {len(classes)}; "
-                "lower n_way or add classes"
+                f"{self.N_way}-way episodes need {self.N_way} classes, found {len(classes)} "
+                "(classes that are held out do not count); pass a smaller --n_way, or add classes"
             )
         for position, count in enumerate(counts):
             if count < self.images_per_class:
@@ -81,7 +81,7 @@ class FewShotBatchSampler:
                 raise UserError(
                     f"class {name!r} has {count} images, but an episode needs "
                     f"{self.images_per_class} of each class ({self.K_shot} support + "
-                    f"{self.num_query} query); lower the shot or the queries, or add images"
+                    f"{self.num_query} query); pass a smaller --k_shot or --n_query, or add images"
                 )
 
     def _draw(self, in_order=False):

@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 
-from common.config import UserError, changed_values, parse_config
+from common.config import UserError, changed_values, first_line, parse_config
 from common.parallel import is_first, is_first_to_fail, process_count
 
 
@@ -60,5 +60,4 @@ def _one_line(error):
     """Return an error's message in one line; a library's own error is named by its class."""
     if isinstance(error, UserError):
         return str(error)
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}"
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -7,7 +7,8 @@ import torch
 from common.config import UserError
 
 PARTS = ("train", "val", "test")
-NAMES = ("auto", "tutorial", "cifar_fs", "fc100")
+PAPERS = ("cifar_fs", "fc100")
+NAMES = ("auto", "tutorial", *PAPERS)
 # Validation and test classes of splits of CIFAR-100; all others are training classes.
 # Bertinetto et al. 2018, "Meta-learning with differentiable closed-form solvers".
 CIFAR_FS = (
@@ -56,6 +57,14 @@ def class_split(wanted, data):
     return read_split(wanted, data)
 
 
+def split_name(split, data):
+    """Return the name of the split of cifar100 that has the same test classes, or "" for none."""
+    for name in NAMES[1:] if data.name == "cifar100" else ():
+        if set(class_split(name, data)["test"]) == set(split["test"]):
+            return name
+    return ""
+
+
 def read_split(path, data):
     """Return the split in a JSON file, {"train": [...], "val": [...], "test": [...]}.
 
@@ -73,8 +82,11 @@ def read_split(path, data):
     except ValueError as error:
         raise UserError(f"{path} is not a JSON file ({error}); {how}") from error
     found = split.keys() if isinstance(split, dict) else {type(split).__name__}
-    if set(found) != set(PARTS) or not all(_is_list_of_names(split[part]) for part in PARTS):
+    if set(found) != set(PARTS):
         raise UserError(f"{path} holds {', '.join(map(str, found)) or 'nothing'}; {how}")
+    for part in PARTS:
+        if not is_list_of_names(split[part]):
+            raise UserError(f"{path}: {part} is not a list of class names; {how}")
     check_split(split, data.class_names, path)
     return {part: split[part] for part in PARTS}
 
@@ -128,5 +140,6 @@ def split_classes(class_names, seed=0):
     return {"train": names[:val], "val": names[val:test], "test": names[test:]}
 
 
-def _is_list_of_names(value):
+def is_list_of_names(value):
+    """Return whether a value out of a file is a list of strings."""
     return isinstance(value, list) and all(isinstance(name, str) for name in value)

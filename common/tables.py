@@ -8,55 +8,63 @@ import os
 from common import tutorial
 from common.checkpoint import ROW_NAMES
 from common.files import write_text
+from common.splits import PAPERS
 
 HEADINGS = ("model", "tested on", "k", "accuracy", "95 % interval", "std")
-KSHOT_HEADINGS = (*HEADINGS, "sets", "tutorial printed", "corrected")
+KSHOT_HEADINGS = (*HEADINGS, "sets")
+TUTORIAL_HEADINGS = ("tutorial printed", "tutorial corrected")
 EPISODE_HEADINGS = (*HEADINGS, "episodes", "n_way", "parameters (M)")
 CLASSIFIED_HEADINGS = ("file", "class", "probability", "runner-up", "probability")
 PUBLISHED_HEADINGS = ("published", "encoder", "parameters (M)", "1-shot", "5-shot")
+PUBLISHED_NOTE = (
+    "5-way accuracy in %, inductive like the rows above; common/published.py names the papers."
+)
 NOTE = (
-    "Accuracy, interval and std in %. The interval is of the mean over the {0}s; std says "
-    "how much one {0} differs from the next."
+    "k: support images per class. Accuracy, interval and std in %. The interval is of the mean "
+    "over the {0}s; std says how much one {0} differs from the next."
+)
+TUTORIAL_NOTE = (
+    " Corrected: correct predictions over queries; the tutorial's ProtoNet test divides by too few."
 )
 
 
 def text_table(rows, failures, published=()):
     """Return the results as a table of fixed width.
 
-    rows: of evaluate.py; tutorials_classes says whether the model was trained on the tutorial's
-    classes. failures: {data set: what is wrong and what to do}. published: rows of
-    common/published.py, a table of their own below.
+    rows: of evaluate.py; `split` names the split that the model was trained on, "" for one's own.
+    failures: {data set: what is wrong and what to do}. published: rows of common/published.py, a
+    table of their own below.
     """
-    lines = _text_lines(_cells(rows))
+    lines = text_lines(_cells(rows))
     lines += [f"{name}: not tested. {reason}" for name, reason in failures.items()]
     lines.append(_note(rows))
     if published:
-        lines += ["", *_text_lines(_published_cells(published))]
+        lines += ["", *text_lines(_published_cells(published)), PUBLISHED_NOTE]
     return "\n".join(lines)
 
 
 def markdown_table(rows, failures, published=()):
     """Return the results as a Markdown table; failures and published as in `text_table`."""
-    lines = _markdown_lines(_cells(rows))
+    lines = markdown_lines(_cells(rows))
     lines += [f"\n{name}: not tested. {reason}" for name, reason in failures.items()]
     lines += ["", _note(rows), ""]
     if published:
-        lines += [*_markdown_lines(_published_cells(published)), ""]
+        lines += [*markdown_lines(_published_cells(published)), "", PUBLISHED_NOTE, ""]
     return "\n".join(lines)
 
 
-def write_tables(rows, failures, folder, published=()):
+def write_tables(rows, failures, folder, published=(), made_by=""):
     """Write accuracy.json, accuracy.csv and accuracy.md into `folder`.
 
-    What the rows say of single classes is left to `write_class_table`. Raises UserError where
-    writing fails.
+    made_by: Markdown that ends accuracy.md. What the rows say of single classes is left to
+    `write_class_table`. Raises UserError where writing fails.
     """
-    left_out = ("confusion", "tutorials_classes")
-    kept = [{name: row[name] for name in row if name not in left_out} for row in rows]
+    kept = [{name: row[name] for name in row if name != "confusion"} for row in rows]
     write_text(os.path.join(folder, "accuracy.json"), json.dumps(kept, indent=1) + "\n")
     columns = [name for name in kept[0] if name != "settings"]
-    _write_csv(os.path.join(folder, "accuracy.csv"), columns, kept)
-    write_text(os.path.join(folder, "accuracy.md"), markdown_table(rows, failures, published))
+    write_csv(os.path.join(folder, "accuracy.csv"), columns, kept)
+    markdown = markdown_table(rows, failures, published) + made_by
+    write_text(os.path.join(folder, "accuracy.md"), markdown)
 
 
 def write_class_table(rows, class_names, path):
@@ -82,15 +90,33 @@ def write_class_table(rows, class_names, path):
                 }
             )
     if lines:
-        _write_csv(path, list(lines[0]), lines)
+        write_csv(path, list(lines[0]), lines)
 
 
 def variant(settings):
     """Return what a row's name says of the settings: ", 6 views, bfloat16", or nothing."""
     views, precision = settings.get("views", 1), settings.get("precision", "float32")
-    return (f", {views} views" if views > 1 else "") + (
-        f", {precision}" if precision != "float32" else ""
-    )
+    parts = {
+        ", 0 steps": settings.get("finetune_steps") == 0,
+        f", {views} views": views > 1,
+        f", {precision}": precision != "float32",
+    }
+    return "".join(part for part, said in parts.items() if said)
+
+
+def tutorials_accuracy(row, numbers=tutorial.CORRECTED):
+    """Return the tutorial's accuracy in % for the model, data set and k of a row, or None.
+
+    Numbers of models that were trained or tested on other classes are not comparable.
+    """
+    if row["split"] != "tutorial" or row["classes"] == "val":
+        return None
+    return tutorial.accuracy(numbers, row["model"], row["dataset"], row["k_shot"])
+
+
+def name_of(data_name, split):
+    """Return the name of a data set, with that of the split where it is one of the papers'."""
+    return f"{data_name}, split {split}" if split in PAPERS else data_name
 
 
 def classified_table(rows):
@@ -101,7 +127,7 @@ def classified_table(rows):
     cells = [CLASSIFIED_HEADINGS]
     for row in rows:
         cells.append([f"{100 * v:.1f} %" if isinstance(v, float) else v for v in row.values()])
-    return "\n".join(_text_lines(cells, left=(0, 1, 3)))
+    return "\n".join(text_lines(cells, left=(0, 1, 3)))
 
 
 def write_classified(rows, path):
@@ -109,10 +135,11 @@ def write_classified(rows, path):
     rounded = [
         {name: f"{v:.4f}" if isinstance(v, float) else v for name, v in row.items()} for row in rows
     ]
-    _write_csv(path, list(rows[0]), rounded)
+    write_csv(path, list(rows[0]), rounded)
 
 
-def _write_csv(path, columns, rows):
+def write_csv(path, columns, rows):
+    """Write a list of dicts as CSV, those columns of them. Raises UserError where that fails."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -125,31 +152,41 @@ def _of_episodes(rows):
 
 
 def _note(rows):
-    return NOTE.format("episode" if _of_episodes(rows) else "support set")
+    note = NOTE.format("episode" if _of_episodes(rows) else "support set")
+    return note + (TUTORIAL_NOTE if _beside_the_tutorial(rows) else "")
+
+
+def _beside_the_tutorial(rows):
+    return not _of_episodes(rows) and any(map(tutorials_accuracy, rows))
 
 
 def _cells(rows):
-    yield EPISODE_HEADINGS if _of_episodes(rows) else KSHOT_HEADINGS
+    beside = _beside_the_tutorial(rows)
+    headings = (*KSHOT_HEADINGS, *TUTORIAL_HEADINGS) if beside else KSHOT_HEADINGS
+    yield EPISODE_HEADINGS if _of_episodes(rows) else headings
     for row in rows:
+        held_out = row["dataset"] == row["trained_on"]
+        tested_on = name_of(row["dataset"], row["split"]) if held_out else row["dataset"]
         yield (
             ROW_NAMES[row["model"]] + variant(row["settings"]),
-            row["dataset"] + (" (val)" if row["classes"] == "val" else ""),
+            tested_on + (" (val)" if row["classes"] == "val" else ""),
             str(row["k_shot"]),
             _percent(row["accuracy"]),
             f"± {_percent(row['ci95'])}" if row["ci95"] is not None else "-",
             _percent(row["std"]),
-            *(_of_episode_test(row) if _of_episodes(rows) else _of_kshot_test(row)),
+            *(_of_episode_test(row) if _of_episodes(rows) else [str(row["num_support_sets"])]),
+            *(_tutorials_cells(row) if beside else ()),
         )
-
-
-def _of_kshot_test(row):
-    numbers = (_tutorial(numbers, row) for numbers in (tutorial.PRINTED, tutorial.CORRECTED))
-    return (str(row["num_support_sets"]), *numbers)
 
 
 def _of_episode_test(row):
     parameters = f"{row['parameters'] / 1e6:.2f}" if row["parameters"] else "-"
     return (str(row["num_episodes"]), str(row["n_way"]), parameters)
+
+
+def _tutorials_cells(row):
+    found = (tutorials_accuracy(row, numbers) for numbers in (tutorial.PRINTED, tutorial.CORRECTED))
+    return ("-" if value is None else f"{value:.2f}" for value in found)
 
 
 def _published_cells(published):
@@ -158,19 +195,11 @@ def _published_cells(published):
         yield (method, encoder, parameters or "-", *(f"{value:.1f}" for value in accuracies))
 
 
-def _tutorial(numbers, row):
-    # Numbers of models that were trained or tested on other classes are not comparable.
-    if not row["tutorials_classes"] or row["classes"] == "val":
-        return "-"
-    known = tutorial.accuracy(numbers, row["model"], row["dataset"], row["k_shot"])
-    return "-" if known is None else f"{known:.2f}"
-
-
 def _percent(value):
     return "-" if value is None else f"{100 * value:.2f}"
 
 
-def _text_lines(cells, left=(0, 1)):
+def text_lines(cells, left=(0, 1)):
     """Return a table as lines of equal columns; the first line of cells holds the headings.
 
     left: the columns whose cells are aligned to the left.
@@ -184,9 +213,10 @@ def _text_lines(cells, left=(0, 1)):
     return lines
 
 
-def _markdown_lines(cells):
+def markdown_lines(cells, left=(0, 1)):
+    """Return a table as lines of Markdown; cells and left as in `text_lines`."""
     headings, *cells = cells
-    rule = ["---" if column < 2 else "---:" for column in range(len(headings))]
+    rule = ["---" if column in left else "---:" for column in range(len(headings))]
     lines = ["| " + " | ".join(line) + " |" for line in (headings, *cells)]
     lines.insert(1, "|" + "|".join(rule) + "|")
     return lines

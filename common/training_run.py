@@ -5,9 +5,7 @@ Two files with different purposes: `<model>.pt`, the best epoch, which tests rea
 """
 
 import contextlib
-import csv
 import dataclasses
-import io
 import itertools
 import math
 import os
@@ -26,16 +24,16 @@ from common.checkpoint import (
     FORMAT,
     MODEL_NAMES,
     content_digest,
-    first_line,
     is_finite,
     load_checkpoint,
     save_checkpoint,
 )
-from common.config import UserError
+from common.config import UserError, first_line
 from common.figures import plot_training_curves
-from common.files import atomic_file, sha256, write_text
+from common.files import atomic_file, sha256
 from common.optimizer import set_learning_rate
 from common.parallel import agree, is_first, on_first, process_count
+from common.tables import name_of, write_csv
 
 SAVE_EVERY = 120  # seconds between two saves inside an epoch
 LOG_EVERY = 20  # steps between two looks at the loss: on a GPU a look waits for all work before it
@@ -136,11 +134,11 @@ class TrainingRun:
                 if self.step % LOG_EVERY == 0 or self.step == self.num_steps:
                     loss, accuracy = self._means()
                     bar.set_postfix(loss=f"{loss:.3f}", acc=f"{accuracy:.1%}")
-                signal, save_now = agree(self.signal, time.monotonic() - saved > SAVE_EVERY)
-                if signal or save_now:
+                number, save_now = agree(self.signal, time.monotonic() - saved > SAVE_EVERY)
+                if number or save_now:
                     self._save_last()
                     saved = time.monotonic()
-                    self._leave_if_asked(signal)
+                    self._leave_if_asked(number)
 
     def track(self, loss, accuracy):
         """Add one step's loss and accuracy, tensors of one number, without reading them."""
@@ -178,7 +176,8 @@ class TrainingRun:
                 self.best_contents = deepcopy(self._contents(row, validated or self.encoder))
                 save_checkpoint(self.best_path, self.best_contents)
         if is_first():
-            self._write_csv()
+            path = os.path.join(self.folder, f"{self.model}.csv")
+            write_csv(path, list(self.history[0]), self.history)
         self._save_last()
         print(
             f"epoch {row['epoch']}/{self.cfg.epochs} | lr {lr:.1e} | "
@@ -194,22 +193,36 @@ class TrainingRun:
         """Draw the training curves and print the best epoch; val_way: classes per episode."""
         if not is_first():
             return
-        curves = os.path.join(self.folder, f"{self.model}_curves")
-        plot_training_curves(self.history, MODEL_NAMES[self.model], self.cfg.dataset, curves)
+        cfg, shot = self.cfg, f"{self.cfg.k_shot}-shot"
+        if self.model == "classifier":
+            learned = f"{len(self.facts['class_split']['train'])} at once"
+        else:
+            learned = f"{cfg.n_way}-way {shot}"
+        plot_training_curves(
+            self.history,
+            f"Training of {MODEL_NAMES[self.model]} on {name_of(cfg.dataset, cfg.split)}",
+            {
+                "train": f"training classes, {learned}",
+                "val": f"validation classes, {val_way}-way {shot}",
+            },
+            os.path.join(self.folder, f"{self.model}_curves"),
+        )
         epoch, accuracy = self.best["epoch"], self.best["val_accuracy"]
         print(f"best epoch {epoch}, {val_way}-way validation accuracy {accuracy:.2%}")
-        command = ["python", "evaluate.py", f"--dataset={self.cfg.dataset}"]
-        for field in dataclasses.fields(self.cfg):
-            value = getattr(self.cfg, field.name)
-            if field.name in ("data_dir", "checkpoint_dir") and value != field.default:
-                command.append(f"--{field.name}={value}")
+        command = ["python", "evaluate.py", f"--dataset={cfg.dataset}"]
+        for name in ("data_dir", "checkpoint_dir"):
+            if (value := getattr(cfg, name)) != getattr(type(cfg), name):
+                command.append(f"--{name}={value}")
         print(f"wrote {self.best_path}; next: {shlex.join(command)}")
 
     def _begin(self):
         """Look at what the folder holds, lock it, and return the state to go on from, if any."""
         last = None
         if os.path.exists(self.last_path) and not self.cfg.overwrite:
-            last = load_checkpoint(self.last_path)
+            try:
+                last = load_checkpoint(self.last_path)
+            except UserError as error:
+                raise UserError(f"{error}; --overwrite=true discards it") from error
             _check_last(last, self.last_path)
         if self.cfg.resume and self.cfg.overwrite:
             raise UserError("resume continues a run and overwrite discards it: pass one of the two")
@@ -296,13 +309,13 @@ class TrainingRun:
         # An option that is younger than the file had its default.
         before = {**_stored(type(self.cfg)()), **last["config"]}
         # The teacher may have been moved: what counts is what it knows.
-        free = ["epochs", "teacher"] if last.get("teacher_digest") else ["epochs"]
+        free = ("epochs", "teacher")
         differences = [
             f"{name} was {before[name]!r} and is {new!r}"
             for name, new in _stored(self.cfg).items()
             if name not in free and before[name] != new
         ]
-        if "teacher" in free and last["teacher_digest"] != self.facts["teacher_digest"]:
+        if last.get("teacher_digest") != self.facts["teacher_digest"]:
             differences.append("the teacher changed")
         if last["model"] != self.model:
             differences.append(f"the model was {last['model']!r} and is {self.model!r}")
@@ -346,10 +359,9 @@ class TrainingRun:
         # device's affair.
         own = self.optimizer.state_dict()["param_groups"]
         saved = last["optimizer"]["param_groups"]
-        # In files of the first format a ProtoNet's optimizer ends with an empty parameter.
-        empty = sum(tensor.numel() == 0 for tensor in last["extra_module"].values())
-        kept = [group["params"][: len(group["params"]) - empty] for group in saved]
-        groups = [{**group, "params": params} for group, params in zip(own, kept, strict=True)]
+        groups = [
+            {**group, "params": kept["params"]} for group, kept in zip(own, saved, strict=True)
+        ]
         state = last["optimizer"]["state"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         set_learning_rate(self.optimizer, float(saved[0]["lr"]))
@@ -358,7 +370,7 @@ class TrainingRun:
         self.epoch, self.step, self.sums = last["epoch"], last["step"], last["sums"]
         self.history = last["history"]
         self.best = self.history[last["best_epoch"] - 1] if last["best_epoch"] else None
-        self.best_contents = last.get("best")  # younger than some files
+        self.best_contents = last.get("best")
 
     def _contents(self, row, encoder):
         return {
@@ -400,13 +412,6 @@ class TrainingRun:
             },
         )
 
-    def _write_csv(self):
-        text = io.StringIO()
-        writer = csv.DictWriter(text, self.history[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.history)
-        write_text(os.path.join(self.folder, f"{self.model}.csv"), text.getvalue())
-
     def _means(self):
         """Return the mean loss and accuracy of this epoch's steps; raise UserError after a NaN."""
         loss, accuracy, finite_steps = self.sums.tolist()
@@ -431,8 +436,8 @@ class TrainingRun:
             hint = " (once more: at once)" if number == signal.SIGINT else ""
             tqdm.write(f"stopping after this step{hint}", file=sys.stderr)
 
-    def _leave_if_asked(self, signal):
-        if signal:
+    def _leave_if_asked(self, number):
+        if number:
             agree(0)  # the others wait until the first process has saved
             command = re.sub(r" --(resume|overwrite)[ =]\w+", "", shlex.join(sys.argv))
             launcher = "python" if process_count() == 1 else "torchrun ..."
@@ -440,7 +445,7 @@ class TrainingRun:
                 f"saved {self.last_path}; go on with: {launcher} {command} --resume=true",
                 flush=True,
             )
-            raise SystemExit(128 + signal)
+            raise SystemExit(128 + number)
 
 
 def _stored(cfg):

@@ -130,7 +130,7 @@ def test_about_half_of_the_images_are_flipped_independently_of_the_boxes():
 
 
 def test_smaller_crops_can_be_asked_for():
-    height, width = drawn(5_000, least_scale=0.3)[0][:, 2:].T
+    height, width = drawn(5_000, least_crop=0.3)[0][:, 2:].T
     area = (height * width).float() / 1024
     assert 0.25 < area.min() < 0.35 and area.max() == 1
 

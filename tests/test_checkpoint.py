@@ -10,7 +10,6 @@ import stress
 import torch
 
 from common.checkpoint import (
-    FIRST_FORMAT,
     FORMAT,
     content_digest,
     encoder_of,
@@ -59,28 +58,6 @@ def test_the_encoder_of_a_checkpoint_computes_what_the_saved_one_did(tmp_path):
     assert not found.training
     with torch.no_grad():
         assert torch.equal(found(images), encoder.eval()(images))
-
-
-# Earlier versions had a single script for both: so many epochs of classification, then episodes.
-@pytest.mark.parametrize(
-    ("model", "epoch", "config", "expected"),
-    [
-        ("protonet", 1, {"pretrain_epochs": 2}, "classifier"),
-        ("protonet", 2, {"pretrain_epochs": 2}, "classifier"),
-        ("protonet", 3, {"pretrain_epochs": 2}, "protonet"),
-        ("protonet", 0, {"pretrain_epochs": 2}, "protonet"),
-        ("protonet", 2, {"pretrain_epochs": 0}, "protonet"),
-        ("protonet", 2, {}, "protonet"),
-        ("classifier", 2, {}, "classifier"),
-    ],
-)
-def test_a_protonet_that_saw_no_episode_is_read_as_a_classifier(
-    model, epoch, config, expected, tmp_path
-):
-    contents = {**contents_of(model, epoch, **config), "format": FIRST_FORMAT}
-    torch.save(contents, tmp_path / "model.pt")
-    found = load_checkpoint(tmp_path / "model.pt")
-    assert stress.same_value(found, {**contents, "model": expected})
 
 
 def cut_in_the_middle(whole):
@@ -217,7 +194,7 @@ def run_of(split, *shape, name="cifar100"):
     return SimpleNamespace(split=split, train=SimpleNamespace(name=name, images=images))
 
 
-def test_a_run_starts_from_the_tutorials_file_with_the_tutorials_split_alone(tmp_path):
+def test_a_run_starts_from_the_tutorials_file_with_the_tutorials_split_alone(tmp_path, capsys):
     hyperparameters = {"proto_dim": 64}
     weights = {f"model.{name}": tensor for name, tensor in Encoder().state_dict().items()}
     lightning = {"pytorch-lightning_version": "1.6", "epoch": 7, "state_dict": weights}
@@ -225,6 +202,8 @@ def test_a_run_starts_from_the_tutorials_file_with_the_tutorials_split_alone(tmp
     names = [f"class {number:02}" for number in range(20)]
     split = split_classes(names)
     load_encoder(tmp_path / "tutorial.ckpt", run_of(split))
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1 and "tutorial.ckpt carries no digest" in printed
     other = {"train": split["train"][1:], "val": [*split["val"], split["train"][0]]}
     with pytest.raises(UserError, match="trained on other classes than this run"):
         load_encoder(tmp_path / "tutorial.ckpt", run_of({**split, **other}))
@@ -234,14 +213,11 @@ def test_a_run_starts_from_the_tutorials_file_with_the_tutorials_split_alone(tmp
 
 def test_a_run_starts_from_an_encoder_of_images_of_its_own_size_alone(tmp_path):
     contents, split = contents_of(), contents_of()["class_split"]
-    for more in ({"image_shape": [40, 48]}, {"config": {"image_size": 64}}):
-        save_checkpoint(tmp_path / "start.pt", {**contents, **more})
-        with pytest.raises(
-            UserError, match="images of (48x40|64x64) pixels, this run's have 32x32"
-        ):
-            load_encoder(tmp_path / "start.pt", run_of(split))
-    load_encoder(tmp_path / "start.pt", run_of(split, 64, 64))
-    # An earlier file does not say what the size of an .npz was.
+    save_checkpoint(tmp_path / "start.pt", {**contents, "image_shape": [40, 48]})
+    with pytest.raises(UserError, match="images of 48x40 pixels, this run's have 32x32"):
+        load_encoder(tmp_path / "start.pt", run_of(split))
+    load_encoder(tmp_path / "start.pt", run_of(split, 40, 48))
+    # Some files do not say what the size was.
     save_checkpoint(tmp_path / "start.pt", contents)
     load_encoder(tmp_path / "start.pt", run_of(split, 40, 40))
 
@@ -295,12 +271,8 @@ def test_the_digest_does_not_depend_on_where_tensors_lie_in_memory():
     assert content_digest({"a": tensor}) != content_digest({"a": tensor.view(3, 2, 2, 2)})
 
 
-def test_a_file_without_its_digest_is_refused_unless_it_is_of_the_first_format(saved, capsys):
+def test_a_file_without_its_digest_is_refused(saved):
     path, contents = saved
     torch.save(contents, path)
     with pytest.raises(UserError, match="does not fit its digest"):
         load_checkpoint(path)
-    torch.save({**contents, "format": FIRST_FORMAT}, path)
-    assert load_checkpoint(path)["epoch"] == 2
-    printed = capsys.readouterr().out
-    assert printed.count("\n") == 1 and "saved.pt carries no digest" in printed

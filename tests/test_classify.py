@@ -48,7 +48,7 @@ def new_encoder(scale=10):
     return encoder.eval()
 
 
-def write_checkpoint(path, model="protonet", scale=10, **config):
+def write_checkpoint(path, model="protonet", scale=10, size=32, **config):
     encoder = new_encoder(scale)
     save_checkpoint(
         path,
@@ -62,6 +62,7 @@ def write_checkpoint(path, model="protonet", scale=10, **config):
             "encoder": encoder.arguments,
             "state_dict": encoder.state_dict(),
             "class_split": {"train": ["x"], "val": ["y"], "test": ["z"]},
+            "image_shape": [size, size],
             "mean": MEAN,
             "std": STD,
             "data_digest": "0" * 64,
@@ -148,7 +149,7 @@ def features_by_hand(encoder, inputs):
 
 @pytest.mark.parametrize("model, size", [("protonet", 32), ("classifier", 48)])
 def test_probabilities_are_those_of_a_plain_loop(model, size, folders):
-    path, encoder = write_checkpoint(folders / "model.pt", model, scale=30, image_size=size)
+    path, encoder = write_checkpoint(folders / "model.pt", model, scale=30, size=size)
     assert run_main(folders) == 0
     support, images = network_inputs(folders, size)
     features = features_by_hand(encoder, support)
@@ -409,7 +410,9 @@ def test_what_is_no_image_or_lies_deeper_is_named_and_ignored(folders, capsys):
     (folders / "images" / "empty").mkdir()
     shutil.copytree(folders / "support" / "c", folders / "images" / "deeper")
     assert run_main(folders) == 0
-    assert f"not used in {folders / 'images'}: deeper, notes.txt\n" in capsys.readouterr().out
+    assert (
+        f"not used in {folders / 'images'}: deeper, empty, notes.txt\n" in capsys.readouterr().out
+    )
     assert len(rows_of(folders)) == QUERIES
 
 

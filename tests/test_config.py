@@ -149,7 +149,7 @@ def test_a_word_that_is_no_option_is_answered_with_how_options_look(word):
 
 @pytest.mark.parametrize("option", ["--ripe", "--apples"])
 def test_an_option_without_a_value_is_refused(option):
-    assert f"{option}: expected one argument" in error_of(option)
+    assert f"{option}: a value is needed: {option}=VALUE" in error_of(option)
 
 
 @given(
@@ -372,11 +372,15 @@ OUT_OF_RANGE = [
     ),
     ("train_protomaml", "--batchnorm=freeze", "batchnorm is 'freeze'.*--batchnorm=frozen"),
     ("train_protomaml", "--val_episodes=-1", "val_episodes is -1, but at least 0"),
-    ("evaluate", "--k_shots=2,4,2", "k_shots is 2,4,2; name each value once"),
-    ("evaluate", "--k_shots=", "k_shots is empty; name each value once"),
+    ("evaluate", "--k_shots=2,4,2", "k_shots is 2,4,2; pass each value once: --k_shots=2,4"),
+    ("evaluate", "--k_shots=", "k_shots is ''; pass each value once"),
     ("evaluate", "--k_shots=4,0", "k_shots is 0, but at least 1"),
     ("evaluate", "--classes=train", "classes is 'train', but one of test, val"),
-    ("evaluate", "--domains=mnist,mnist", "domains is mnist,mnist; name each value once"),
+    (
+        "evaluate",
+        "--domains=mnist,mnist",
+        "domains is mnist,mnist; pass each value once: --domains=mnist",
+    ),
     ("evaluate", "--domains=auto,mnist", "domains is auto,mnist, but auto stands alone"),
     ("evaluate", "--domains=cifar100", "cifar100 is the data set of the training classes.*domains"),
     ("evaluate", "--num_inner_steps=", "num_inner_steps has 0 numbers for 5 values of k"),
@@ -390,7 +394,7 @@ OUT_OF_RANGE = [
         "--finetune=protonets",
         "finetune is 'protonets', but one of.*--finetune=protonet",
     ),
-    ("evaluate", "--finetune=maml,maml", "finetune is maml,maml; name each value once"),
+    ("evaluate", "--finetune=maml,maml", "finetune is maml,maml; pass each value once"),
     ("evaluate", "--finetune_lr=", "finetune_lr has 0 numbers for 5 values of k"),
     ("evaluate", "--finetune_steps=1,2", "finetune_steps has 2 numbers for 5 values of k"),
     ("evaluate", "--finetune_steps=-1", "finetune_steps is -1, but at least 0"),
@@ -541,7 +545,7 @@ def test_a_user_error_becomes_one_line_and_code_2(dev_mode, monkeypatch, capsys)
         ),
         (ValueError(" too large\n"), "ValueError: too large"),
         (OverflowError("x" * 1000), "OverflowError: " + "x" * 300),
-        (MemoryError(), "MemoryError: no message"),
+        (MemoryError(), "MemoryError: MemoryError"),
     ],
     ids=lambda value: type(value).__name__,
 )

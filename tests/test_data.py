@@ -232,7 +232,7 @@ def test_images_too_small_for_the_encoder_are_refused_with_both_sizes(tmp_path, 
 
 def test_two_classes_of_one_name_are_refused(tmp_path):
     stored = arrays(class_names=("ant", "bee", "ant"))
-    parts = ("2 different class names in 3", "all different", "name each class once")
+    parts = ("2 different class names in 3", "all must be different", "name each class once")
     message_of_npz(tmp_path, stored, *parts)
 
 

@@ -32,6 +32,7 @@ HISTORY = [
     }
     for epoch in (1, 2, 3, 4)
 ]
+TASKS = {"train": "training classes, 80 at once", "val": "validation classes, 5-way 4-shot"}
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +47,9 @@ def result_rows(models=("protonet", "pixels"), spread=True):
     return [
         {
             "model": model,
+            "dataset": "glyphs",
+            "classes": "test",
+            "split": "",
             "k_shot": k,
             "n_way": 10,
             "accuracy": 0.3 + 0.05 * place + 0.01 * k,
@@ -79,14 +83,14 @@ def pixels_of(path):
 
 def test_training_curves_appear(tmp_path):
     path = str(tmp_path / "folder" / "curves")
-    plot_training_curves(HISTORY, "ProtoNet", "glyphs", path)
+    plot_training_curves(HISTORY, "ProtoNet", TASKS, path)
     pixels = pixels_of(path)
-    plot_training_curves(HISTORY[:2], "ProtoNet", "glyphs", path)
+    plot_training_curves(HISTORY[:2], "ProtoNet", TASKS, path)
     assert not np.array_equal(pixels, pixels_of(path))
 
 
 def test_training_curves_of_a_single_epoch_appear(tmp_path):
-    plot_training_curves(HISTORY[:1], "MAML", "glyphs", str(tmp_path / "curves"))
+    plot_training_curves(HISTORY[:1], "MAML", TASKS, str(tmp_path / "curves"))
     pixels_of(tmp_path / "curves")
 
 
@@ -143,6 +147,30 @@ def test_accuracy_over_k_needs_no_spread(tmp_path):
     pixels_of(tmp_path / "figure")
 
 
+def test_the_tutorials_numbers_stand_beside_the_same_model_and_classes_only(drawn):
+    rows = [{**row, "dataset": "cifar100"} for row in result_rows(("protonet", "maml", "pixels"))]
+    models = ["protonet", "maml", "pixels"]
+    for split in ("tutorial", "cifar_fs"):
+        rows = [{**row, "split": split} for row in rows]
+        plot_accuracy_over_k(rows, models, "Test classes", "figure")
+    beside, alone = (
+        {line.get_text() for line in figure.axes[0].get_legend().get_texts()} for figure in drawn
+    )
+    assert beside - alone == {"ProtoNet, the tutorial's, corrected"}
+    dotted = [line for line in drawn[0].axes[0].lines if line.get_linestyle() == ":"]
+    assert [44.30, 52.07, 60.87] in [list(line.get_ydata()) for line in dotted]
+
+
+def test_training_curves_say_what_is_classified_and_do_not_magnify_noise(drawn):
+    level = [{**row, "train_accuracy": 0.9, "val_accuracy": 0.901} for row in HISTORY]
+    plot_training_curves(level, "ProtoNet", TASKS, "curves")
+    axis = drawn[0].axes[1]
+    labels = {text.get_text() for text in axis.get_legend().get_texts()}
+    assert labels == {*TASKS.values(), "best epoch: 1"}
+    low, high = axis.get_ylim()
+    assert high - low == pytest.approx(5) and low < 90 < 90.1 < high
+
+
 @pytest.mark.parametrize("classes", [2, 20, 21, 100])
 def test_a_confusion_matrix_of_any_number_of_classes_appears(classes, tmp_path):
     counts = (torch.eye(classes, dtype=torch.int64) * 20 + 1).tolist()
@@ -169,7 +197,7 @@ def test_names_with_dollar_signs_are_text_and_no_formula(tmp_path):
     plot_examples(image_set(names), str(tmp_path / "examples"))
     episode = torch.tensor([0, 8, 16, 1, 9, 17])
     plot_episode(image_set(names), episode, 3, 1, str(tmp_path / "episode"))
-    plot_training_curves(HISTORY, "ProtoNet", "$^$", str(tmp_path / "curves"))
+    plot_training_curves(HISTORY, "$^$", TASKS, str(tmp_path / "curves"))
     plot_confusion([[9, 1, 0]] * 3, names, "$^$", str(tmp_path / "confusion"))
 
 
@@ -246,4 +274,4 @@ def test_a_wrapped_name_without_its_line_breaks_is_the_name(name):
 def test_a_folder_that_cannot_be_written_is_one_message(tmp_path):
     (tmp_path / "taken").write_text("a file where a folder is needed")
     with pytest.raises(UserError, match="curves"):
-        plot_training_curves(HISTORY, "ProtoNet", "glyphs", str(tmp_path / "taken" / "curves"))
+        plot_training_curves(HISTORY, "ProtoNet", TASKS, str(tmp_path / "taken" / "curves"))

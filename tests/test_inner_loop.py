@@ -354,13 +354,13 @@ def test_copying_weights_copies_parameters_and_buffers_into_the_same_tensors():
     assert [tensor.data_ptr() for tensor in target.state_dict().values()] == places
 
 
-def test_an_inner_loop_takes_its_values_from_the_fields_of_a_config():
-    class Config:
-        num_inner_steps, lr_inner, lr_output = 7, 0.3, 0.4
-        output_init, batchnorm = "zeros", "frozen"
-        lr, epochs = 1.0, 2  # of the outer loop
-
-    assert InnerLoop.of(Config()) == InnerLoop(7, 0.3, 0.4, "zeros", "frozen")
+def test_an_inner_loop_takes_its_values_from_a_config():
+    own = {"num_inner_steps": 7, "lr_inner": 0.3, "lr_output": 0.4}
+    others = {"output_init": "zeros", "batchnorm": "frozen"}
+    of_the_outer_loop = {"lr": 1.0, "epochs": 2}
+    config = {**own, **others, **of_the_outer_loop}
+    assert InnerLoop.of(config) == InnerLoop(7, 0.3, 0.4, "zeros", "frozen")
+    assert InnerLoop.of(own, num_inner_steps=200, lr_inner=0) == InnerLoop(200, 0.3, 0.4)
 
 
 class Seen:
@@ -372,7 +372,7 @@ class Seen:
     def of(self, indices):
         return self.images[indices]
 
-    def random(self, indices, generator, least_scale, color_jitter):
+    def random(self, indices, generator, least_crop, color_jitter):
         self.episodes.append(indices)
         return self.images[indices]
 

@@ -332,12 +332,10 @@ def test_a_cap_takes_support_sets_that_are_spread_evenly():
         assert torch.equal(support_sets(labels, 2, NAMES[:3], max_sets=cap), every)
 
 
-@given(st.integers(1, 400), st.integers(1, 400))
-def test_spread_positions_are_distinct_and_in_range(available, wanted):
-    wanted = min(wanted, available)
-    positions = spread_evenly(available, wanted)
-    assert len(set(positions)) == wanted and positions == sorted(positions)
-    assert 0 <= positions[0] and positions[-1] < available
+@given(st.integers(1, 400), st.integers(0, 400))
+def test_rows_that_are_spread_evenly_are_distinct_and_in_order(available, most):
+    rows = spread_evenly(torch.arange(available), most).tolist()
+    assert rows == sorted(set(rows)) and len(rows) == min(most or available, available)
 
 
 def test_a_class_without_an_image_left_to_ask_is_named_with_both_numbers():

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ import train_protonet
 from common.checkpoint import MODEL_NAMES, content_digest, load_checkpoint, save_checkpoint
 from common.config import UserError, parse_config
 from common.data import load_dataset
+from common.files import sha256
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -194,6 +196,14 @@ def test_table_csv_markdown_and_json_agree(tested):
         assert percent in markdown and percent in process.stdout
     for name in ("Classifier", "ProtoNet", "ProtoMAML", "MAML", "Pixels"):
         assert re.search(rf"^{name} +glyphs +2 ", process.stdout, re.MULTILINE)
+
+
+def test_the_markdown_table_says_how_it_was_made(tested, trained):
+    markdown = (tested[0] / "accuracy.md").read_text()
+    assert f"    python evaluate.py {shlex.join(tested[1].args[2:])}\n" in markdown
+    for model in MODELS:
+        path = trained[0] / "glyphs" / f"{model}.pt"
+        assert f"{path} ({sha256(path)[:12]})" in markdown
 
 
 FIGURES = (

@@ -7,7 +7,7 @@ import torch
 
 from common.config import UserError
 from common.data import ImageSet
-from common.splits import PARTS, class_split, split_classes
+from common.splits import PARTS, class_split, split_classes, split_name
 
 NAMES = [f"class {number}" for number in range(9)]
 OWN = {"train": NAMES[:5], "val": NAMES[5:7], "test": NAMES[7:]}
@@ -97,6 +97,16 @@ def test_fc100_keeps_superclasses_together():
     assert people < set(split["test"]) and trees < set(split["train"])
 
 
+@pytest.mark.parametrize("name", ["tutorial", "cifar_fs", "fc100"])
+def test_a_split_of_cifar100_is_known_by_its_test_classes(name):
+    cifar100 = named(CIFAR100, "cifar100")
+    split = class_split(name, cifar100)
+    assert split_name({part: split[part][::-1] for part in PARTS}, cifar100) == name
+    assert split_name({**split, "train": split["train"][1:]}, cifar100) == name
+    assert split_name({**split, "test": split["test"][1:]}, cifar100) == ""
+    assert split_name(split, named(CIFAR100, "mine")) == ""
+
+
 def test_a_data_sets_own_split_comes_before_a_random_one():
     assert class_split("auto", named(NAMES, split=OWN)) == OWN
     assert class_split("auto", named(NAMES)) == split_classes(NAMES)
@@ -114,7 +124,7 @@ def test_a_file_gives_the_split(tmp_path):
         ("{", "is not a JSON file"),
         ("[1, 2]", "holds list; write"),
         ('{"train": ["a"]}', "holds train; write"),
-        (json.dumps({**OWN, "test": [7, 8]}), "holds train, val, test; write"),
+        (json.dumps({**OWN, "test": [7, 8]}), "test is not a list of class names; write"),
         (json.dumps({**OWN, "test": NAMES[6:]}), "'class 6' is in val and in test"),
         (json.dumps({**OWN, "val": [*NAMES[5:7], "dog"]}), "val names a class 'dog'"),
         (json.dumps({**OWN, "val": NAMES[5:6]}), "val has 1 classes, but at least 2"),

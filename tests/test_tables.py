@@ -9,7 +9,13 @@ import pytest
 
 from common.config import UserError
 from common.published import CIFAR_FS
-from common.tables import markdown_table, text_table, write_class_table, write_tables
+from common.tables import (
+    PUBLISHED_NOTE,
+    markdown_table,
+    text_table,
+    write_class_table,
+    write_tables,
+)
 
 
 def result(
@@ -30,7 +36,7 @@ def result(
         "ci95": 0.00423,
         "num_support_sets": 300,
         "num_queries": 5980,
-        "tutorials_classes": trained_on == "cifar100",
+        "split": "tutorial" if trained_on == "cifar100" else "",
     }
     return {**row, **other}
 
@@ -62,7 +68,7 @@ def test_every_number_stands_under_its_heading():
         "std": "3.72",
         "sets": "300",
         "tutorial printed": "44.30",
-        "corrected": "44.30",
+        "tutorial corrected": "44.30",
     }
 
 
@@ -84,8 +90,25 @@ def test_models_stand_under_their_names_and_a_test_of_several_views_says_so(mode
     assert only_line(result(model, settings=settings))["model"] == f"{shown}, 2 views, bfloat16"
 
 
-def test_validation_classes_are_marked():
-    assert only_line(result(classes="val"))["tested on"] == "cifar100 (val)"
+def test_a_model_fine_tuned_by_no_step_says_so():
+    for steps, shown in ((0, "ProtoNet, fine-tuned, 0 steps"), (40, "ProtoNet, fine-tuned")):
+        row = result("protonet_finetuned", settings={"finetune_steps": steps})
+        assert only_line(row)["model"] == shown
+
+
+@pytest.mark.parametrize(
+    "other, shown",
+    [
+        ({}, "cifar100"),
+        ({"split": ""}, "cifar100"),
+        ({"classes": "val"}, "cifar100 (val)"),
+        ({"split": "cifar_fs"}, "cifar100, split cifar_fs"),
+        ({"split": "fc100", "classes": "val"}, "cifar100, split fc100 (val)"),
+        ({"split": "fc100", "dataset": "mnist", "classes": "all"}, "mnist"),
+    ],
+)
+def test_the_classes_of_a_test_are_named(other, shown):
+    assert only_line(result(**other))["tested on"] == shown
 
 
 def test_a_single_support_set_shows_no_spread():
@@ -107,7 +130,9 @@ def test_the_tutorials_numbers_stand_beside_the_same_model_data_and_k(
 ):
     lines = [only_line(result(model, dataset, k)) for k in (2, 4, 8, 16, 32)]
     assert [line["tutorial printed"] for line in lines] == printed.split()
-    assert [line["corrected"] for line in lines] == corrected.split()
+    assert [line["tutorial corrected"] for line in lines] == corrected.split()
+    table = markdown_table([result(model, dataset)], {})
+    assert "Corrected: correct predictions over queries" in table
 
 
 @pytest.mark.parametrize(
@@ -120,15 +145,19 @@ def test_the_tutorials_numbers_stand_beside_the_same_model_data_and_k(
         result(dataset="mnist"),
         result(dataset="glyphs", trained_on="glyphs"),
         result(classes="val"),
-        result(tutorials_classes=False),  # another split of CIFAR-100
+        result(split="cifar_fs"),
         # The same names, but a model that was trained on something else.
         result(dataset="svhn", trained_on="glyphs"),
         result(dataset="cifar100", trained_on="glyphs"),
     ],
 )
 def test_the_tutorials_numbers_stand_nowhere_else(row):
-    line = only_line(row)
-    assert (line["tutorial printed"], line["corrected"]) == ("-", "-")
+    assert not {"tutorial printed", "tutorial corrected"} & set(only_line(row))
+    assert "orrected" not in markdown_table([row], {})
+    # Beside a row that has some:
+    headings, _, line, _ = map(cells_of, markdown_table([row, result()], {}).splitlines()[:4])
+    cells = dict(zip(headings, line, strict=True))
+    assert (cells["tutorial printed"], cells["tutorial corrected"]) == ("-", "-")
 
 
 def test_the_fixed_width_table_holds_what_the_markdown_table_holds():
@@ -173,8 +202,6 @@ def test_the_table_says_what_its_spreads_are(table):
 def test_the_json_file_gives_back_every_row(tmp_path):
     rows = [result(), result("pixels", checkpoint_sha256=None, std=None, ci95=None, accuracy=1 / 3)]
     write_tables(rows, {}, str(tmp_path))
-    for row in rows:
-        del row["tutorials_classes"]
     assert json.loads((tmp_path / "accuracy.json").read_text()) == rows
 
 
@@ -192,9 +219,9 @@ def test_the_csv_file_is_read_by_pythons_reader(tmp_path):
 
 def test_the_markdown_file_is_the_table_with_the_failures(tmp_path):
     failures = {"svhn": "missing"}
-    write_tables([result()], failures, str(tmp_path / "results"))
+    write_tables([result()], failures, str(tmp_path / "results"), made_by="by hand\n")
     text = (tmp_path / "results" / "accuracy.md").read_text(encoding="utf-8")
-    assert text == markdown_table([result()], failures)
+    assert text == markdown_table([result()], failures) + "by hand\n"
     found = sorted(os.listdir(tmp_path / "results"))
     assert found == ["accuracy.csv", "accuracy.json", "accuracy.md"]
 
@@ -230,19 +257,17 @@ def test_published_rows_stand_below_the_table_on_the_screen_and_in_markdown(tmp_
     assert markdown[: len(markdown_table(rows, {}).splitlines())] == (
         markdown_table(rows, {}).splitlines()
     )
-    below = [cells_of(line) for line in markdown[-len(CIFAR_FS) - 2 :]]
+    assert markdown[-2:] == ["", PUBLISHED_NOTE] and text[-1] == PUBLISHED_NOTE
+    below = [cells_of(line) for line in markdown[-len(CIFAR_FS) - 4 : -2]]
     assert below[0] == ["published", "encoder", "parameters (M)", "1-shot", "5-shot"]
     found = {tuple(cells) for cells in below[2:]}
     assert ("MAML", "4 convolutions, 64 filters", "0.11", "58.9", "71.5") in found
     assert ("R2D2", "4 convolutions, up to 512 filters", "-", "64.0", "78.9") in found
     assert ("RFS, distilled", "ResNet-12", "8 to 12", "73.9", "86.9") in found
-    for line, cells in zip(text[-len(CIFAR_FS) :], below[2:], strict=True):
+    for line, cells in zip(text[-len(CIFAR_FS) - 1 : -1], below[2:], strict=True):
         assert line.split() == " ".join(cells).split()
     write_tables(rows, {}, str(tmp_path), CIFAR_FS)
     assert (tmp_path / "accuracy.md").read_text(encoding="utf-8").splitlines() == markdown
-    for row in rows:
-        del row["tutorials_classes"]
-    assert json.loads((tmp_path / "accuracy.json").read_text()) == rows
 
 
 # Accuracy per class

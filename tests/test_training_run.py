@@ -20,7 +20,7 @@ import train_classifier
 import train_protomaml
 import train_protonet
 from common import splits, training_run
-from common.checkpoint import FIRST_FORMAT, encoder_of, load_checkpoint, save_checkpoint
+from common.checkpoint import encoder_of, load_checkpoint, save_checkpoint
 from common.config import UserError, parse_config
 from common.data import load_dataset
 from common.splits import split_classes
@@ -298,19 +298,6 @@ def without_option(name, path):
     contents = load_checkpoint(path)
     del contents["config"][name]
     save_checkpoint(path, contents)
-
-
-def test_a_protonet_of_the_first_format_is_resumed(unfinished, uninterrupted, glyph_dir):
-    path = unfinished / "glyphs" / "protonet_last.pt"
-    last = {**load_checkpoint(path), "format": FIRST_FORMAT}
-    # There, class prototypes were trained along, none of them for a run of episodes alone.
-    last["extra_module"] = {"weight": torch.zeros(0, 64)}
-    (group,) = last["optimizer"]["param_groups"]
-    group["params"] = [*group["params"], len(group["params"])]
-    last["config"].update(pretrain_epochs=0, batch_size=128)
-    torch.save(last, path)
-    train("protonet", glyph_dir, unfinished, "--resume=true")
-    assert_same_run(uninterrupted["protonet"], unfinished)
 
 
 def test_an_option_that_is_younger_than_the_run_had_its_default(
