@@ -400,8 +400,7 @@ def kept_results(cfg, model, checkpoint, image_set):
         key = json.dumps([row, checkpoint["mean"], checkpoint["std"]], sort_keys=True)
         name = f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
         kept = os.path.join(cfg.results_dir, ".cache", name)
-        found = read_kept(kept, row, cfg.protocol == "tutorial" and model != "pixels")
-        if found:
+        if found := read_kept(kept, row):
             rows[k_shot] = found
             print(
                 f"{model} on {image_set.name}, k = {k_shot}: reused, same checkpoint, data and "
@@ -564,11 +563,10 @@ class Progress:
             tqdm.write(f"{self.title}: about {minutes:.0f} min in all; less with {self.shorter}")
 
 
-def read_kept(path, wanted, with_confusion):
+def read_kept(path, wanted):
     """Return the result row kept in `path`, or None where there is none that can be used.
 
-    wanted: what the row must say of model, data and settings. with_confusion: whether it must say
-    which class was taken for which, too.
+    wanted: what the row must say of model, data and settings.
     """
     if not os.path.exists(path):
         return None
@@ -577,10 +575,7 @@ def read_kept(path, wanted, with_confusion):
             row = json.load(file)
         digest = row.pop("digest")
         if digest == content_digest(row) and row.items() >= wanted.items():
-            if "confusion" in row or not with_confusion:
-                return row
-            print(f"{path} says nothing about single classes: this result is computed anew")
-            return None
+            return row
     except (OSError, ValueError, KeyError, AttributeError, TypeError):  # not a row
         pass
     print(f"{path} is damaged or foreign: this result is computed anew")

@@ -25,7 +25,7 @@ import evaluate
 import train_classifier
 import train_protomaml
 import train_protonet
-from common.checkpoint import MODEL_NAMES, content_digest, load_checkpoint, save_checkpoint
+from common.checkpoint import MODEL_NAMES, load_checkpoint, save_checkpoint
 from common.config import UserError, parse_config
 from common.data import load_dataset
 from common.files import sha256
@@ -368,23 +368,6 @@ def test_accuracy_per_class_and_a_confusion_matrix_are_written_for_the_largest_k
             assert min(Image.open(tested[0] / f"{name}.png").size) > 100
             assert (tested[0] / f"{name}.svg").read_text().endswith("</svg>\n")
     assert not list(tested[0].glob("*confusion_pixels*"))
-
-
-def test_kept_results_without_single_classes_are_computed_anew_to_the_same_numbers(
-    tested, trained, evaluate_small, tmp_path
-):
-    folder, names = copied(tested, tmp_path), ("accuracy.json", "classes_glyphs.csv")
-    evaluate_small(folder, "--domains=", only("protonet", trained))
-    before = {name: (folder / name).read_bytes() for name in names}
-    for path in (folder / ".cache").glob("*.json"):
-        row = json.loads(path.read_text())
-        del row["digest"]
-        row.pop("confusion", None)
-        path.write_text(json.dumps({**row, "digest": content_digest(row)}))
-    printed = evaluate_small(folder, "--domains=", only("protonet", trained))
-    assert printed.count("says nothing about single classes: this result is computed anew") == 2
-    assert printed.count("reused") == 2  # pixels
-    assert {name: (folder / name).read_bytes() for name in names} == before
 
 
 # Random episodes
