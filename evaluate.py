@@ -38,9 +38,10 @@ from common.checkpoint import (
     encoder_of,
     image_shape,
     load_checkpoint,
+    print_change,
 )
 from common.config import UserError, require, require_one_of, show
-from common.data import SOURCES, load_dataset, normalize
+from common.data import load_dataset, normalize
 from common.device import pick_device
 from common.encoder import PRECISIONS
 from common.figures import plot_accuracy_over_k, plot_confusion, plot_episode, plot_examples
@@ -65,7 +66,13 @@ from common.tables import name_of, text_table, variant, write_class_table, write
 
 PROTOCOL = 1  # version of the test: results of another version are not reused
 DEFAULT_DOMAINS = {"cifar100": ("svhn",), "glyphs": ("glyph_digits",)}
+K_SHOTS = (2, 4, 8, 16, 32)
 EPISODE = ("n_way", "n_query", "num_episodes")  # what decides random episodes, beside k
+# With each protocol: options that do nothing, and their only value then.
+IN_VAIN = {
+    "tutorial": {"n_way": 5, "n_query": 15, "num_episodes": 2000},
+    "episodes": {"max_support_sets": (0,), "domain_max_support_sets": ()},
+}
 INNER_LOOP = ("num_inner_steps", "lr_inner", "lr_output")  # one number each, or one per k
 FINE_TUNING = ("finetune_steps", "finetune_lr")  # the same
 
@@ -87,7 +94,7 @@ class Config:
     # test
     protocol: str = "tutorial"  # tutorial: all classes at once; episodes: random ones, as in papers
     classes: str = "test"  # held-out classes: test for the final table, val to choose settings on
-    k_shots: tuple[int, ...] = (2, 4, 8, 16, 32)  # support images per class, one test for each
+    k_shots: tuple[int, ...] = K_SHOTS  # support images per class, one test for each
     views: int = 1  # of each image, averaged over; 2: with its horizontal flip, more: random crops
     # random episodes, with --protocol=episodes
     n_way: int = 5  # classes per episode
@@ -122,21 +129,18 @@ class Config:
         require(self, "finetune_steps", "domain_finetune_steps", least=0)
         require(self, "n_query", "num_episodes", "views", least=1)
         require(self, "n_way", least=2)
-        limits = ("max_support_sets", "domain_max_support_sets")
-        require(self, *limits, least=0)
+        require(self, "max_support_sets", "domain_max_support_sets", least=0)
         require(self, *(name for name in per_k if "lr" in name), above=0)
         require_one_of(self, "classes", ("test", "val"))
         require_one_of(self, "finetune", tuple(MODEL_NAMES))
         require_one_of(self, "precision", PRECISIONS)
         require_one_of(self, "protocol", ("tutorial", "episodes"))
-        in_vain, other = limits, "tutorial"
-        if self.protocol == "tutorial":
-            in_vain, other = EPISODE, "episodes"
-        for name in in_vain:
-            if (value := getattr(self, name)) != (default := getattr(Config, name)):
+        for name, only in IN_VAIN[self.protocol].items():
+            if (value := getattr(self, name)) != only:
+                other = "episodes" if self.protocol == "tutorial" else "tutorial"
                 raise UserError(
                     f"{name} is {show(value)}, which does nothing with --protocol={self.protocol}; "
-                    f"pass --{name}={show(default)} or --protocol={other}"
+                    f"pass --{name}={show(only)} or --protocol={other}"
                 )
         for name in per_k:
             count, needed = len(getattr(self, name)), getattr(Config, name) != ()
@@ -144,6 +148,12 @@ class Config:
                 raise UserError(
                     f"{name} has {count} numbers for {len(self.k_shots)} values of k; pass one "
                     "number, or one for each k"
+                )
+            of_recipe = RECIPES.get(self.recipe, {}).get(name, ())
+            if len(of_recipe) > 1 and getattr(self, name) == of_recipe and self.k_shots != K_SHOTS:
+                raise UserError(
+                    f"{name} of --recipe={self.recipe} is for k = {show(K_SHOTS)}, not for "
+                    f"{show(self.k_shots)}; pass --{name}, too: one number, or one for each k"
                 )
         for name in ("k_shots", "domains", "finetune"):
             values = getattr(self, name)
@@ -206,7 +216,7 @@ def main(cfg):
         if cfg.protocol == "episodes" and cfg.classes == "test":
             published = published_results(rows[0]["split"], cfg.n_way)
         print(text_table(rows, failures, published))
-        write_tables(rows, failures, cfg.results_dir, published, how_it_was_made(checkpoints))
+        write_tables(rows, failures, cfg.results_dir, published, how_it_was_made(cfg, checkpoints))
         for image_set in image_sets:
             path = os.path.join(cfg.results_dir, f"classes_{image_set.name}.csv")
             write_class_table(rows_by_class(cfg, image_set, rows), image_set.class_names, path)
@@ -217,11 +227,18 @@ def main(cfg):
     return 1 if failures else 0
 
 
-def how_it_was_made(checkpoints):
-    """Return the command and the checkpoints of a test, as Markdown."""
+def how_it_was_made(cfg, checkpoints):
+    """Return the command, the checkpoints and all settings of a test, as Markdown."""
     command = shlex.join(["python", "evaluate.py", *sys.argv[1:]])
     tested = [f"{each['path']} ({each['file_sha256'][:12]})" for each in checkpoints.values()]
-    return f"\n    {command}\n\nCheckpoints, and how their SHA-256 begins: {', '.join(tested)}.\n"
+    unused = ("data_dir", "device", "cuda_graphs", "results_dir", *MODEL_NAMES)
+    unused += tuple(IN_VAIN[cfg.protocol])
+    values = {name: show(value) for name, value in vars(cfg).items() if name not in unused}
+    settings = ", ".join(f"{name} {value}" for name, value in values.items())
+    return (
+        f"\n    {command}\n\nCheckpoints, and how their SHA-256 begins: {', '.join(tested)}.\n\n"
+        f"Settings: {settings}.\n"
+    )
 
 
 def load_checkpoints(cfg):
@@ -271,10 +288,11 @@ def load_image_sets(cfg, checkpoints):
     shape = agreed(known, "on images of different sizes") if known else None
     data = on_first(lambda: load_images(cfg, cfg.dataset, shape))
     shape = tuple(data.images.shape[2:])
-    tutorials = split_classes(data.class_names)  # the files of the tutorial carry none
+    tutorials = split_classes(sorted(data.class_names))  # the files of the tutorial carry none
     splits = {each["path"]: each["class_split"] or tutorials for each in models}
     split = agreed(splits, "on different classes")
-    print_changes(models, data)
+    for checkpoint in models:
+        print_change(data.name, data.digest(), checkpoint, checkpoint["path"])
 
     image_sets, failures = [data.of_classes(split[cfg.classes])], {}
     draw_all_tasks(cfg, image_sets[0])  # raises now rather than after an hour
@@ -314,18 +332,6 @@ def load_images(cfg, name, shape):
             f"{size_text(shape)}; bring them to that size, or put them into a folder"
         )
     return image_set
-
-
-def print_changes(checkpoints, data):
-    """Print which models were trained on other images than the data set of that name has now."""
-    if data.name in SOURCES:  # there, the order may differ, not the images
-        return
-    for checkpoint in checkpoints:
-        if checkpoint.get("data_digest") not in (None, data.digest()):
-            print(
-                f"{data.name} has changed since {checkpoint['path']} was trained on it: images of "
-                "the training may be among those of the test"
-            )
 
 
 def draw_all_tasks(cfg, image_set):
@@ -418,8 +424,9 @@ def test_settings(cfg, model, checkpoint, image_set, position):
     """
     episodes = cfg.protocol == "episodes"
     other = {name: getattr(cfg, name) for name in ("protocol", *EPISODE)} if episodes else {}
-    for name in ("views", "precision"):
-        if (value := getattr(cfg, name)) != getattr(Config, name) and model != "pixels":
+    # Not compared with Config's defaults, which may be edited.
+    for name, plain in (("views", 1), ("precision", "float32")):
+        if (value := getattr(cfg, name)) != plain and model != "pixels":
             other[name] = value
     fine_tuned = model.endswith("_finetuned")
     if model not in ADAPTING and not fine_tuned:

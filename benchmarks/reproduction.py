@@ -40,7 +40,7 @@ def main():
     path = os.path.join(RESULTS, "accuracy.json")
     if os.path.exists(path):
         with open(path, encoding="utf-8") as file:
-            rows = json.load(file)
+            rows = [row for row in json.load(file) if row["k_shot"] in K_SHOTS]
         for dataset in dict.fromkeys(row["dataset"] for row in rows):
             compare_tests(dataset, [row for row in rows if row["dataset"] == dataset])
 
@@ -48,7 +48,7 @@ def main():
 def compare_training():
     """Draw and print the validation curves beside the author's."""
     figure, axis = plt.subplots(figsize=(7, 4.2))
-    columns = [*EPOCHS, "mean of the last 20", "best"]
+    columns = [*EPOCHS, "181 to 200, mean", "best"]
     print_heading("5-way validation accuracy in % after epoch", columns)
     for model in MODELS:
         ours = os.path.join(ROOT, "checkpoints", "tutorial", "cifar100", f"{model}.csv")
@@ -67,8 +67,9 @@ def compare_training():
             axis.plot(*zip(*accuracy.items()), line, label=name, **style)
             best = max(accuracy, key=accuracy.get)
             cells = [f"{accuracy[e]:.2f}" if e in accuracy else "-" for e in EPOCHS]
-            last = statistics.mean(list(accuracy.values())[-20:])
-            print_row(name, [*cells, f"{last:.2f}", f"{accuracy[best]:.2f} ({best})"])
+            last = [accuracy[epoch] for epoch in range(181, 201) if epoch in accuracy]
+            cells.append(f"{statistics.mean(last):.2f}" if len(last) == 20 else "-")
+            print_row(name, [*cells, f"{accuracy[best]:.2f} ({best})"])
         if model in AUTHORS_CHECKPOINTS:
             star = {**STYLES[model], "marker": "*", "markersize": 11, "markeredgecolor": "black"}
             label = f"{MODEL_NAMES[model]}, the author's checkpoint on these episodes"
@@ -96,11 +97,10 @@ def compare_tests(dataset, rows):
         name = MODEL_NAMES[model]
         of_model = {row["k_shot"]: row for row in rows if row["model"] == model}
         if (model, dataset) in PRINTED:
-            sets = [IMAGES_PER_CLASS[dataset] // k for k in K_SHOTS]
-            widths = [half_width(*each) for each in zip(PRINTED_STD[model, dataset], sets)]
-            tutorials[model] = CORRECTED[model, dataset], widths
-            print_row(f"{name}, printed", intervals(PRINTED[model, dataset], widths))
-            if PRINTED[model, dataset] != CORRECTED[model, dataset]:
+            printed, widths = tutorials_intervals(PRINTED, model, dataset)
+            print_row(f"{name}, printed", intervals(printed, widths))
+            tutorials[model] = tutorials_intervals(CORRECTED, model, dataset)
+            if tutorials[model][0] != printed:
                 print_row(f"{name}, corrected", intervals(*tutorials[model]))
         if of_model:
             here[model] = tuple(
@@ -115,6 +115,22 @@ def compare_tests(dataset, rows):
             lead = differences(results["protomaml"], results["protonet"])
             print_row(f"ProtoMAML's lead over ProtoNet, {whose}", lead)
     draw_tests(dataset, here, tutorials)
+
+
+def tutorials_intervals(numbers, model, dataset):
+    """Return the tutorial's accuracies out of PRINTED or CORRECTED, and their half-widths, in %.
+
+    A wrong division stretches the standard deviation as it stretches the accuracy.
+    """
+    widths = []
+    for k, std, printed, mean in zip(
+        K_SHOTS, PRINTED_STD[model, dataset], PRINTED[model, dataset], numbers[model, dataset]
+    ):
+        chunks = IMAGES_PER_CLASS[dataset] / k
+        # The ProtoNet test takes the short last chunk, too.
+        sets = math.ceil(chunks) if model == "protonet" else math.floor(chunks)
+        widths.append(half_width(std * mean / printed, sets))
+    return numbers[model, dataset], widths
 
 
 def draw_tests(dataset, here, tutorials):

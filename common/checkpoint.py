@@ -8,6 +8,7 @@ import warnings
 import torch
 
 from common.config import UserError, first_line
+from common.data import SOURCES
 from common.encoder import Encoder
 from common.files import atomic_file
 from common.images import size_text
@@ -154,7 +155,22 @@ def load_encoder(path, data):
             f"{path} was trained on images of {size_text(trained_on)} pixels, this run's have "
             f"{size_text(shape)}; pass --image_size={trained_on[0]}, or start from another file"
         )
+    print_change(data.train.name, data.digest, checkpoint, path)
     return encoder_of(checkpoint, path)
+
+
+def print_change(data_name, digest, checkpoint, path):
+    """Print that a data set has changed since a checkpoint was trained on it, if it has.
+
+    digest: of the data set as it is now.
+    """
+    if data_name in SOURCES:  # there, the order may differ, not the images
+        return
+    if checkpoint.get("data_digest") not in (None, digest):
+        print(
+            f"{data_name} has changed since {path} was trained on it: images of the training may "
+            "be among those of the test"
+        )
 
 
 def starting_encoder(cfg, data):
@@ -165,10 +181,10 @@ def starting_encoder(cfg, data):
     """
     encoder = load_encoder(cfg.init_from, data) if cfg.init_from else Encoder(cfg.proto_dim)
     found = encoder.arguments["proto_dim"]
-    if cfg.proto_dim not in (found, type(cfg).proto_dim):
+    if cfg.proto_dim not in (found, 64):  # 64 stands there unasked
         raise UserError(
             f"proto_dim is {cfg.proto_dim}, but {cfg.init_from} has features of {found} numbers; "
-            "leave --proto_dim out or start from another file"
+            f"pass --proto_dim={found} or start from another file"
         )
     encoder.precision = cfg.precision
     return encoder

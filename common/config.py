@@ -61,7 +61,12 @@ def parse_config(config_class, argv, script="script", doc="", recipes=None):
     recipe = given.get("recipe", getattr(config_class, "recipe", None))
     if recipes and recipe not in recipes:
         raise UserError(f"there is no recipe {recipe!r}; take one of {', '.join(recipes)}")
-    return config_class(**{**(recipes or {}).get(recipe, {}), **given})
+    values = {**(recipes or {}).get(recipe, {}), **given}
+    _check_types(config_class, values, script)
+    for field in dataclasses.fields(config_class):
+        if field.type is str:  # a path may stand at the top of a script as it is typed
+            values[field.name] = _read_str(values.get(field.name, field.default))
+    return config_class(**values)
 
 
 def field_meanings(config_class):
@@ -150,6 +155,28 @@ def refuse_own_output(cfg, name, model):
             f"{name} is {path}, which the run would overwrite; move it or pass another "
             "--checkpoint_dir"
         )
+
+
+def _check_types(config_class, values, script):
+    """Raise UserError where a default or a recipe was edited and has the wrong type now."""
+    for field in dataclasses.fields(config_class):
+        value = values.get(field.name, field.default)
+        if _is_of(value, field.type):
+            continue
+        if get_origin(field.type) is tuple:
+            item = get_args(field.type)[0]
+            example = f": write ({value!r},)" if _is_of(value, item) else ""
+            needed = f"a tuple of {item.__name__}{example}"
+        else:
+            needed = f"a value of type {field.type.__name__}"
+        raise UserError(f"{field.name} is {value!r} in {script}, which needs {needed}")
+
+
+def _is_of(value, kind):
+    if get_origin(kind) is tuple:
+        item = get_args(kind)[0]
+        return isinstance(value, tuple) and all(_is_of(each, item) for each in value)
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 class _HelpFormat(argparse.RawDescriptionHelpFormatter):

@@ -258,6 +258,7 @@ def _read_folder(name, folder, image_size, file, kept, made_from):
     paths = [path for own in files for path in own]
     state = _folder_state(folder, paths, image_size)
     if state == made_from:
+        print_copies(kept.images.permute(0, 2, 3, 1).numpy(), paths)
         return kept
     if made_from:
         print(f"{folder}, or --image_size, changed since {file} was made; reading the images again")

@@ -139,7 +139,8 @@ def plot_accuracy_over_k(rows, models, title, path):
         points = sorted(of_model, key=lambda row: row["k_shot"])
         k = [row["k_shot"] for row in points]
         mean, std, ci95 = (
-            [100 * (row[name] or 0) for row in points] for name in ("accuracy", "std", "ci95")
+            [math.nan if row[name] is None else 100 * row[name] for row in points]
+            for name in ("accuracy", "std", "ci95")
         )
         base = model.removesuffix("_finetuned")
         style = {**STYLES[base], **({} if base == model else FINE_TUNED), "label": ROW_NAMES[model]}
@@ -155,7 +156,7 @@ def plot_accuracy_over_k(rows, models, title, path):
             of_tutorial["label"] = f"{ROW_NAMES[model]}, {which}"
             handles += axis.plot(*zip(*tutorials.items()), **{**style, **of_tutorial})
     n_way = rows[0]["n_way"]
-    chance = {"color": "black", "linestyle": ":", "label": f"Chance ({100 / n_way:.0f} %)"}
+    chance = {"color": "black", "linestyle": ":", "label": f"Chance ({100 / n_way:.3g} %)"}
     handles.append(axis.axhline(100 / n_way, linewidth=1, **chance))
     axis.set_xscale("log", base=2)
     k_values = sorted({row["k_shot"] for row in rows})

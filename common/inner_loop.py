@@ -193,6 +193,8 @@ def hand_over_gradients(encoder, gradients):
     for more in gradients[1:]:
         total = torch._foreach_add(total, more)
     for parameter, gradient in zip(encoder.parameters(), total):
+        if gradient.stride() != parameter.stride():  # a fused optimizer would mix up the elements
+            gradient = torch.empty_like(parameter).copy_(gradient)
         parameter.grad = gradient
 
 

@@ -41,8 +41,10 @@ def class_split(wanted, data):
     or "fc100" (for cifar100), or the path of a JSON file with the three lists. Raises UserError
     where there is no such split, or where the three do not make up the classes of the data set.
     """
+    # The tutorial's split is of the classes in alphabetical order, whatever that of the file.
+    names = sorted(data.class_names) if data.name == "cifar100" else data.class_names
     if wanted == "auto":
-        return data.split or split_classes(data.class_names)
+        return data.split or split_classes(names)
     if wanted in NAMES:
         if data.name != "cifar100":
             raise UserError(
@@ -50,7 +52,7 @@ def class_split(wanted, data):
                 "--split=auto or a file of your own"
             )
         if wanted == "tutorial":
-            return split_classes(data.class_names)
+            return split_classes(names)
         val, test = (words.split() for words in (CIFAR_FS if wanted == "cifar_fs" else FC100))
         train = [name for name in data.class_names if name not in {*val, *test}]
         return {"train": train, "val": val, "test": test}
@@ -58,9 +60,10 @@ def class_split(wanted, data):
 
 
 def split_name(split, data):
-    """Return the name of the split of cifar100 that has the same test classes, or "" for none."""
+    """Return the name of a split of cifar100 if it is one of NAMES, "" otherwise."""
     for name in NAMES[1:] if data.name == "cifar100" else ():
-        if set(class_split(name, data)["test"]) == set(split["test"]):
+        known = class_split(name, data)
+        if all(set(known[part]) == set(split[part]) for part in PARTS):
             return name
     return ""
 

@@ -61,8 +61,8 @@ def write_tables(rows, failures, folder, published=(), made_by=""):
     """
     kept = [{name: row[name] for name in row if name != "confusion"} for row in rows]
     write_text(os.path.join(folder, "accuracy.json"), json.dumps(kept, indent=1) + "\n")
-    columns = [name for name in kept[0] if name != "settings"]
-    write_csv(os.path.join(folder, "accuracy.csv"), columns, kept)
+    lines = [{**row, "settings": json.dumps(row["settings"])} for row in kept]
+    write_csv(os.path.join(folder, "accuracy.csv"), list(kept[0]), lines)
     markdown = markdown_table(rows, failures, published) + made_by
     write_text(os.path.join(folder, "accuracy.md"), markdown)
 

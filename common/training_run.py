@@ -6,6 +6,7 @@ Two files with different purposes: `<model>.pt`, the best epoch, which tests rea
 
 import contextlib
 import dataclasses
+import errno
 import itertools
 import math
 import os
@@ -47,6 +48,9 @@ NOT_STORED = (
     "resume",
     "overwrite",
 )
+# Fields that a resumed run may have otherwise. Of the files that a run starts from, the paths may
+# change: their content is in the state, or compared apart.
+MAY_CHANGE = ("epochs", "init_from", "split", "teacher")
 
 
 class TrainingRun:
@@ -210,9 +214,11 @@ class TrainingRun:
         epoch, accuracy = self.best["epoch"], self.best["val_accuracy"]
         print(f"best epoch {epoch}, {val_way}-way validation accuracy {accuracy:.2%}")
         command = ["python", "evaluate.py", f"--dataset={cfg.dataset}"]
-        for name in ("data_dir", "checkpoint_dir"):
-            if (value := getattr(cfg, name)) != getattr(type(cfg), name):
-                command.append(f"--{name}={value}")
+        # Not compared with Config's defaults, which may be edited.
+        usual = {"data_dir": os.environ.get("PATH_DATASETS", "data")}
+        for name, value in {**usual, "checkpoint_dir": "checkpoints"}.items():
+            if getattr(cfg, name) != value:
+                command.append(f"--{name}={getattr(cfg, name)}")
         print(f"wrote {self.best_path}; next: {shlex.join(command)}")
 
     def _begin(self):
@@ -262,20 +268,26 @@ class TrainingRun:
                 found = load_checkpoint(self.best_path)
             if found and content_digest(found) == content_digest(best):
                 return
-            free = {"epochs": None, "teacher": None}  # what may change on the way
+            free = dict.fromkeys(MAY_CHANGE)
             if not found or {**found["config"], **free} != {**last["config"], **free}:
                 copy = self._keep_best()
                 print(f"{self.best_path} is not of the run that goes on; its copy is {copy}")
         save_checkpoint(self.best_path, best)
 
     def _keep_best(self):
-        """Copy the best epoch of an earlier run, unless that was done; return the copy's path."""
+        """Copy the best epoch of an earlier run and its curve, unless that was done.
+
+        Returns the path of the copied checkpoint.
+        """
         start = self.best_path.removesuffix(".pt") + "_previous"
         for number in itertools.count(1):
             path = f"{start}.pt" if number == 1 else f"{start}-{number}.pt"
             if not os.path.exists(path):
-                with atomic_file(path) as temporary:
-                    shutil.copyfile(self.best_path, temporary)
+                for suffix in (".csv", ".pt"):
+                    source = self.best_path.removesuffix(".pt") + suffix
+                    if os.path.exists(source):
+                        with atomic_file(path.removesuffix(".pt") + suffix) as temporary:
+                            shutil.copyfile(source, temporary)
                 return path
             if sha256(path) == sha256(self.best_path):
                 return path
@@ -300,6 +312,9 @@ class TrainingRun:
                 "ended or pass another --checkpoint_dir"
             ) from error
         except OSError as error:
+            if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                print(f"{self.folder} knows no locks: start no second run of this model there")
+                return
             raise UserError(
                 f"cannot write {path}: {error.strerror}; choose another folder, --checkpoint_dir"
             ) from error
@@ -307,13 +322,12 @@ class TrainingRun:
     def _check_fit(self, last):
         """Raise UserError unless a loaded `_last.pt` can go on with this run's config and data."""
         # An option that is younger than the file had its default.
-        before = {**_stored(type(self.cfg)()), **last["config"]}
-        # The teacher may have been moved: what counts is what it knows.
-        free = ("epochs", "teacher")
+        defaults = {field.name: field.default for field in dataclasses.fields(self.cfg)}
+        before = {**_stored(defaults), **last["config"]}
         differences = [
             f"{name} was {before[name]!r} and is {new!r}"
-            for name, new in _stored(self.cfg).items()
-            if name not in free and before[name] != new
+            for name, new in _stored(vars(self.cfg)).items()
+            if name not in MAY_CHANGE and before[name] != new
         ]
         if last.get("teacher_digest") != self.facts["teacher_digest"]:
             differences.append("the teacher changed")
@@ -377,7 +391,7 @@ class TrainingRun:
             "format": FORMAT,
             "model": self.model,
             "dataset": self.cfg.dataset,
-            "config": _stored(self.cfg),
+            "config": _stored(vars(self.cfg)),
             "epoch": self.epoch,
             "val_accuracy": row["val_accuracy"] if row else None,
             "encoder": encoder.arguments,
@@ -448,10 +462,9 @@ class TrainingRun:
             raise SystemExit(128 + number)
 
 
-def _stored(cfg):
-    """Return what of the config affects the result, as a checkpoint returns it: with lists."""
-    values = dataclasses.asdict(cfg).items()
-    kept = {name: value for name, value in values if name not in NOT_STORED}
+def _stored(values):
+    """Return what of a config's values affects the result, as a checkpoint returns it: lists."""
+    kept = {name: value for name, value in values.items() if name not in NOT_STORED}
     return {name: list(v) if isinstance(v, tuple) else v for name, v in kept.items()}
 
 

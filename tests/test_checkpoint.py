@@ -188,10 +188,11 @@ def test_a_lightning_file_loads_as_it_is(hyperparameters, model, tmp_path):
         assert torch.equal(encoder_of(contents, "tutorial.ckpt")(images), encoder(images))
 
 
-def run_of(split, *shape, name="cifar100"):
+def run_of(split, *shape, name="cifar100", digest="0" * 64):
     """Return the TrainingData of a run with images of this shape, as far as a start looks at it."""
     images = torch.zeros(1, 3, *(shape or (32, 32)))
-    return SimpleNamespace(split=split, train=SimpleNamespace(name=name, images=images))
+    train = SimpleNamespace(name=name, images=images)
+    return SimpleNamespace(split=split, train=train, digest=digest)
 
 
 def test_a_run_starts_from_the_tutorials_file_with_the_tutorials_split_alone(tmp_path, capsys):
@@ -220,6 +221,18 @@ def test_a_run_starts_from_an_encoder_of_images_of_its_own_size_alone(tmp_path):
     # Some files do not say what the size was.
     save_checkpoint(tmp_path / "start.pt", contents)
     load_encoder(tmp_path / "start.pt", run_of(split, 40, 40))
+
+
+def test_a_start_tells_that_the_data_changed_since_the_encoder_was_trained(tmp_path, capsys):
+    contents = contents_of()
+    save_checkpoint(tmp_path / "start.pt", contents)
+    printed = []
+    for name, digest in (("photos", "0" * 64), ("photos", "1" * 64), ("cifar100", "1" * 64)):
+        run = run_of(contents["class_split"], name=name, digest=digest)
+        load_encoder(tmp_path / "start.pt", run)
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[2] == ""  # the same data, or one in another order
+    assert "photos has changed since" in printed[1] and "start.pt" in printed[1]
 
 
 # Damage

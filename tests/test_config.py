@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from common.config import (
     UserError,
+    _check_types,
     changed_values,
     field_meanings,
     parse_config,
@@ -44,6 +45,33 @@ class Config:
     shares: tuple[float, ...] = (0.5,)  # shares of the basket
     names: tuple[str, ...] = ("a", "b")  # names of the baskets
     note: str = ""  # empty unless given
+
+
+@dataclass
+class AtHome:
+    note: str = "~/data"  # as somebody may type it at the top of a script
+
+
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("sizes", 50, "sizes is 50 in script.py, which needs a tuple of int: write (50,)"),
+        ("names", ("a", 1), "names is ('a', 1) in script.py, which needs a tuple of str"),
+        ("apples", "3", "apples is '3' in script.py, which needs a value of type int"),
+        ("ripe", 1, "ripe is 1 in script.py, which needs a value of type bool"),
+        ("weight", None, "weight is None in script.py, which needs a value of type float"),
+    ],
+)
+def test_a_value_of_the_wrong_type_in_a_script_is_one_line(name, value, words):
+    fields = dataclasses.fields(Config)
+    edited = dataclasses.make_dataclass(
+        "Edited", [(f.name, f.type, value if f.name == name else f.default) for f in fields]
+    )
+    with pytest.raises(UserError) as caught:
+        _check_types(edited, {}, "script.py")
+    assert str(caught.value) == words
+    _check_types(edited, {name: getattr(Config, name)}, "script.py")  # given on the command line
+    _check_types(Config, {"weight": 1}, "script.py")
 
 
 def error_of(*words):
@@ -77,6 +105,7 @@ def test_a_tilde_that_the_shell_left_is_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
     monkeypatch.setenv("USERPROFILE", "/home/ada")
     assert parse_config(Config, ["--note=~/data"]).note == "/home/ada/data"
+    assert parse_config(AtHome, []).note == "/home/ada/data"
     for word in ("~", "a~/b", "~x"):
         assert parse_config(Config, [f"--note={word}"]).note == word
 
@@ -445,6 +474,18 @@ def test_an_option_of_the_other_protocol_is_refused(option):
     message = f"does nothing with --protocol={other}; pass {option.split('=')[0]}="
     with pytest.raises(UserError, match=message):
         parse_config(config_class, [option, f"--protocol={other}"])
+
+
+@pytest.mark.parametrize("k_shots", ["32,16,8,4,2", "1,2,3,5,10"])
+def test_a_recipes_lists_are_not_taken_for_other_k(k_shots):
+    evaluate = module_of("evaluate")
+    words = ["--recipe=best", f"--k_shots={k_shots}"]
+    with pytest.raises(UserError, match=f"is for k = 2,4,8,16,32, not for {k_shots}; pass --"):
+        parse_config(evaluate.Config, words, recipes=evaluate.RECIPES)
+    lists = [name for name, value in evaluate.RECIPES["best"].items() if len(value) == 5]
+    words += [f"--{name}=1,2,3,4,5" for name in lists if "sets" not in name]
+    words += ["--domain_max_support_sets=6"]
+    assert parse_config(evaluate.Config, words, recipes=evaluate.RECIPES).recipe == "best"
 
 
 @pytest.mark.parametrize("script", ["train_protonet", "train_protomaml"])

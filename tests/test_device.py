@@ -67,6 +67,14 @@ def test_each_of_several_processes_gets_a_gpu_of_its_own(there, monkeypatch):
     assert asked == ["cuda:1" if there else "cpu"]
 
 
+def test_processes_that_torchrun_did_not_start_are_one_message(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(UserError, match="start with torchrun"):
+        pick_device("cpu")
+
+
 @pytest.mark.parametrize("name", ["cuda:1", "mps"])
 def test_several_processes_cannot_share_one_device(name, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -226,6 +226,19 @@ def test_handing_over_sums_the_gradients_of_the_tasks():
     assert tasks[0][0].tolist() == [[1.0, 2.0]]  # the sum is not taken in place
 
 
+def test_a_fused_optimizer_follows_gradients_of_any_memory_layout():
+    weights = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        module = torch.nn.Conv2d(3, 2, 2, bias=False).to(memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(module.parameters(), lr=1.0, fused=True)
+        gradient = torch.arange(24.0).view(2, 3, 2, 2).contiguous(memory_format=layout)
+        hand_over_gradients(module, [[gradient]])
+        optimizer.step()
+        weights.append(module.weight.detach())
+    assert torch.equal(*weights)
+
+
 @pytest.mark.parametrize("steps", [1, 3])
 def test_without_learning_the_adapted_model_is_a_protonet_with_batch_statistics(steps):
     encoder, (x_spt, x_qry) = new_encoder(), new_task()

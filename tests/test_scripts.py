@@ -304,6 +304,19 @@ def test_unseen_domains_may_have_an_inner_loop_of_their_own(tested, evaluate_sma
     }
 
 
+def test_edited_defaults_are_settings_like_any_others(
+    tested, evaluate_small, tmp_path, monkeypatch
+):
+    folder = copied(tested, tmp_path)
+    # As if they stood at the top of the script.
+    monkeypatch.setattr(evaluate.Config, "views", 2)
+    monkeypatch.setattr(evaluate.Config, "precision", "bfloat16")
+    options = ["--domains=", "--views=2", "--precision=bfloat16"]
+    assert evaluate_small(folder, *options).count("reused") == 2  # pixels
+    markdown = (folder / "accuracy.md").read_text()
+    assert "ProtoNet, 2 views, bfloat16" in markdown and "views 2, " in markdown
+
+
 def test_results_of_other_weights_are_not_reused(tested, trained, evaluate_small, tmp_path):
     folder = copied(tested, tmp_path)
     contents = load_checkpoint(trained[0] / "glyphs" / "protonet.pt")

@@ -230,6 +230,24 @@ def test_a_run_goes_on_with_the_same_teacher_wherever_that_is(uninterrupted, gly
     train("classifier", glyph_dir, tmp_path, f"--teacher={moved}", "--resume=true")
 
 
+def test_a_run_goes_on_where_the_file_that_it_started_from_has_moved(
+    uninterrupted, glyph_dir, tmp_path
+):
+    start, moved = tmp_path / "start.pt", tmp_path / "moved.pt"
+    shutil.copy(uninterrupted["classifier"] / "glyphs" / "classifier.pt", start)
+    train("protonet", glyph_dir, tmp_path / "whole", f"--init_from={start}")
+    with pytest.raises(Crash), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(TrainingRun, "track", crash_at_call(TrainingRun.track, 2))
+        train("protonet", glyph_dir, tmp_path, f"--init_from={start}")
+    start.rename(moved)
+    train("protonet", glyph_dir, tmp_path, f"--init_from={moved}", "--resume=true")
+    last, whole = (
+        load_checkpoint(folder / "glyphs" / "protonet_last.pt")
+        for folder in (tmp_path, tmp_path / "whole")
+    )
+    assert stress.same_value(last["state_dict"], whole["state_dict"])
+
+
 def bytes_of(folder):
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -245,19 +263,23 @@ def test_an_unfinished_run_is_neither_continued_nor_discarded_unasked(unfinished
 def test_overwrite_discards_the_unfinished_run(unfinished, uninterrupted, glyph_dir):
     train("protonet", glyph_dir, unfinished, "--overwrite=true")
     # The best epoch of the discarded run.
-    (unfinished / "glyphs" / "protonet_previous.pt").unlink()
+    for kept in (unfinished / "glyphs").glob("protonet_previous.*"):
+        kept.unlink()
     assert_same_run(uninterrupted["protonet"], unfinished)
 
 
 def test_a_new_run_keeps_the_best_checkpoint_of_a_finished_one(uninterrupted, glyph_dir, tmp_path):
     shutil.copytree(uninterrupted["protonet"], tmp_path, dirs_exist_ok=True)
-    earlier = (tmp_path / "glyphs" / "protonet.pt").read_bytes()
+    earlier, curve = (
+        (tmp_path / "glyphs" / f"protonet.{suffix}").read_bytes() for suffix in ("pt", "csv")
+    )
     train("protonet", glyph_dir, tmp_path, "--epochs=1", "--seed=1")
     second = (tmp_path / "glyphs" / "protonet.pt").read_bytes()
     for seed in (2, 3):
         train("protonet", glyph_dir, tmp_path, "--epochs=1", f"--seed={seed}")
     # None of them is lost to a later one.
     assert (tmp_path / "glyphs" / "protonet_previous.pt").read_bytes() == earlier
+    assert (tmp_path / "glyphs" / "protonet_previous.csv").read_bytes() == curve
     assert (tmp_path / "glyphs" / "protonet_previous-2.pt").read_bytes() == second
     assert (tmp_path / "glyphs" / "protonet_previous-3.pt").exists()
 
