@@ -140,7 +140,8 @@ def draw_tests(dataset, here, tutorials):
         label = f"{MODEL_NAMES[model]}, here"
         axis.errorbar(K_SHOTS, found, yerr=widths, capsize=3, label=label, **STYLES[model])
     for model, (corrected, widths) in tutorials.items():
-        label = f"{MODEL_NAMES[model]}, the tutorial's, corrected"
+        label = f"{MODEL_NAMES[model]}, the tutorial's"
+        label += ", corrected" if corrected != PRINTED[model, dataset] else ""
         style = {**STYLES[model], "linestyle": ":", "markerfacecolor": "white", "label": label}
         axis.errorbar(K_SHOTS, corrected, yerr=widths, capsize=3, **style)
     axis.set_xscale("log", base=2)
