@@ -107,9 +107,9 @@ def variant(settings):
 def tutorials_accuracy(row, numbers=tutorial.CORRECTED):
     """Return the tutorial's accuracy in % for the model, data set and k of a row, or None.
 
-    Numbers of models that were trained or tested on other classes are not comparable.
+    Other classes in training or test make numbers incomparable, and so do random episodes.
     """
-    if row["split"] != "tutorial" or row["classes"] == "val":
+    if row["split"] != "tutorial" or row["classes"] == "val" or _of_episodes([row]):
         return None
     return tutorial.accuracy(numbers, row["model"], row["dataset"], row["k_shot"])
 
@@ -157,7 +157,7 @@ def _note(rows):
 
 
 def _beside_the_tutorial(rows):
-    return not _of_episodes(rows) and any(map(tutorials_accuracy, rows))
+    return any(map(tutorials_accuracy, rows))
 
 
 def _cells(rows):
