@@ -31,9 +31,9 @@ def pick_device(name):
                 f"several processes cannot share device {name!r}; pass --device=cuda (each gets a "
                 "GPU of its own) or --device=cpu"
             )
-        if "LOCAL_RANK" not in os.environ:
-            raise UserError("found RANK but no LOCAL_RANK: start with torchrun, or unset RANK")
         if name == "cuda":
+            if "LOCAL_RANK" not in os.environ:
+                raise UserError("found RANK but no LOCAL_RANK: start with torchrun, or unset RANK")
             name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)

@@ -72,7 +72,7 @@ def test_processes_that_torchrun_did_not_start_are_one_message(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(UserError, match="start with torchrun"):
-        pick_device("cpu")
+        pick_device("cuda")
 
 
 @pytest.mark.parametrize("name", ["cuda:1", "mps"])

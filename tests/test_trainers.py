@@ -371,7 +371,9 @@ def test_protonet_starts_from_a_classifier_keeps_its_encoder_and_can_be_tested(g
     names = ("proto_dim", "unit_features", "stem_stride")
     assert [start["encoder"][name] for name in names] == [5, True, 1]
     more = [f"--init_from={path}", "--steps_per_epoch=1", "--lr=1e-6"]
-    with pytest.raises(UserError, match="proto_dim is 7, but .* has features of 5 numbers; leave"):
+    with pytest.raises(
+        UserError, match="proto_dim is 7, but .* has features of 5 numbers; pass --proto_dim=5"
+    ):
         train("protonet", glyph_dir, tmp_path, *more, "--proto_dim=7")
     found_path = train("protonet", glyph_dir, tmp_path, *more)
     found = load_checkpoint(found_path)

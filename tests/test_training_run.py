@@ -121,7 +121,7 @@ MOMENTS = {
     "inside the second epoch": lambda epochs, steps: (TrainingRun, "track", steps + 3),
     "after the first validation": lambda epochs, steps: (TrainingRun, "end_epoch", 1),
     "after the last validation": lambda epochs, steps: (TrainingRun, "end_epoch", epochs),
-    "before the last CSV": lambda epochs, steps: (training_run, "write_text", epochs),
+    "before the last CSV": lambda epochs, steps: (training_run, "write_csv", epochs),
     "between best and last": lambda epochs, steps: (training_run, "save_checkpoint", steps + 3),
     "in the figure": lambda epochs, steps: (training_run, "plot_training_curves", 1),
 }
