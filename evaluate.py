@@ -63,16 +63,16 @@ from common.samplers import FewShotBatchSampler
 from common.script import run_script
 from common.splits import split_classes, split_name
 from common.tables import name_of, text_table, variant, write_class_table, write_tables
+from common.tutorial import K_SHOTS
 
 PROTOCOL = 1  # version of the test: results of another version are not reused
 DEFAULT_DOMAINS = {"cifar100": ("svhn",), "glyphs": ("glyph_digits",)}
-K_SHOTS = (2, 4, 8, 16, 32)
-EPISODE = ("n_way", "n_query", "num_episodes")  # what decides random episodes, beside k
 # With each protocol: options that do nothing, and their only value then.
 IN_VAIN = {
     "tutorial": {"n_way": 5, "n_query": 15, "num_episodes": 2000},
     "episodes": {"max_support_sets": (0,), "domain_max_support_sets": ()},
 }
+EPISODE = tuple(IN_VAIN["tutorial"])  # what decides random episodes, beside k
 INNER_LOOP = ("num_inner_steps", "lr_inner", "lr_output")  # one number each, or one per k
 FINE_TUNING = ("finetune_steps", "finetune_lr")  # the same
 
@@ -94,7 +94,7 @@ class Config:
     # test
     protocol: str = "tutorial"  # tutorial: all classes at once; episodes: random ones, as in papers
     classes: str = "test"  # held-out classes: test for the final table, val to choose settings on
-    k_shots: tuple[int, ...] = K_SHOTS  # support images per class, one test for each
+    k_shots: tuple[int, ...] = (2, 4, 8, 16, 32)  # support images per class, one test for each
     views: int = 1  # of each image, averaged over; 2: with its horizontal flip, more: random crops
     # random episodes, with --protocol=episodes
     n_way: int = 5  # classes per episode
@@ -291,8 +291,9 @@ def load_image_sets(cfg, checkpoints):
     tutorials = split_classes(sorted(data.class_names))  # the files of the tutorial carry none
     splits = {each["path"]: each["class_split"] or tutorials for each in models}
     split = agreed(splits, "on different classes")
+    digest = functools.cache(data.digest)
     for checkpoint in models:
-        print_change(data.name, data.digest(), checkpoint, checkpoint["path"])
+        print_change(data.name, digest, checkpoint, checkpoint["path"])
 
     image_sets, failures = [data.of_classes(split[cfg.classes])], {}
     draw_all_tasks(cfg, image_sets[0])  # raises now rather than after an hour
@@ -369,8 +370,9 @@ def test_model(cfg, model, checkpoint, image_set, device):
             "num_queries": int(counts[0].sum()),
         }
         if episodes:
-            encoder = encoder_of(checkpoint, checkpoint["path"])
-            weights = [] if model == "pixels" else encoder.parameters()
+            weights = []
+            if model != "pixels":
+                weights = encoder_of(checkpoint, checkpoint["path"]).parameters()
             rows[k_shot]["parameters"] = sum(tensor.numel() for tensor in weights)
         elif model != "pixels":
             rows[k_shot]["confusion"] = counts.sum(dim=0).long().tolist()

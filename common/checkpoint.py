@@ -155,18 +155,18 @@ def load_encoder(path, data):
             f"{path} was trained on images of {size_text(trained_on)} pixels, this run's have "
             f"{size_text(shape)}; pass --image_size={trained_on[0]}, or start from another file"
         )
-    print_change(data.train.name, data.digest, checkpoint, path)
+    print_change(data.train.name, lambda: data.digest, checkpoint, path)
     return encoder_of(checkpoint, path)
 
 
 def print_change(data_name, digest, checkpoint, path):
     """Print that a data set has changed since a checkpoint was trained on it, if it has.
 
-    digest: of the data set as it is now.
+    digest: function that returns the digest of the data set as it is now.
     """
     if data_name in SOURCES:  # there, the order may differ, not the images
         return
-    if checkpoint.get("data_digest") not in (None, digest):
+    if checkpoint.get("data_digest") not in (None, digest()):
         print(
             f"{data_name} has changed since {path} was trained on it: images of the training may "
             "be among those of the test"

@@ -215,9 +215,9 @@ class TrainingRun:
         print(f"best epoch {epoch}, {val_way}-way validation accuracy {accuracy:.2%}")
         command = ["python", "evaluate.py", f"--dataset={cfg.dataset}"]
         # Not compared with Config's defaults, which may be edited.
-        usual = {"data_dir": os.environ.get("PATH_DATASETS", "data")}
-        for name, value in {**usual, "checkpoint_dir": "checkpoints"}.items():
-            if getattr(cfg, name) != value:
+        data_dir = os.environ.get("PATH_DATASETS", "data")
+        for name, usual in (("data_dir", data_dir), ("checkpoint_dir", "checkpoints")):
+            if getattr(cfg, name) != usual:
                 command.append(f"--{name}={getattr(cfg, name)}")
         print(f"wrote {self.best_path}; next: {shlex.join(command)}")
 
