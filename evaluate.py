@@ -230,13 +230,18 @@ def main(cfg):
 def how_it_was_made(cfg, checkpoints):
     """Return the command, the checkpoints and all settings of a test, as Markdown."""
     command = shlex.join(["python", "evaluate.py", *sys.argv[1:]])
-    tested = [f"{each['path']} ({each['file_sha256'][:12]})" for each in checkpoints.values()]
+    tested = []
+    for each in checkpoints.values():
+        epochs = each["config"].get("epochs", "?")  # the tutorial's files do not say
+        digest = each["file_sha256"][:12]
+        tested.append(f"{each['path']} (epoch {each['epoch']} of {epochs}, {digest})")
     unused = ("data_dir", "device", "cuda_graphs", "results_dir", *MODEL_NAMES)
     unused += tuple(IN_VAIN[cfg.protocol])
     values = {name: show(value) for name, value in vars(cfg).items() if name not in unused}
     settings = ", ".join(f"{name} {value}" for name, value in values.items())
     return (
-        f"\n    {command}\n\nCheckpoints, and how their SHA-256 begins: {', '.join(tested)}.\n\n"
+        f"\n    {command}\n\nCheckpoints, their best epochs and how their SHA-256 begins: "
+        f"{', '.join(tested)}.\n\n"
         f"Settings: {settings}.\n"
     )
 

@@ -203,7 +203,9 @@ def test_the_markdown_table_says_how_it_was_made(tested, trained):
     assert f"    python evaluate.py {shlex.join(tested[1].args[2:])}\n" in markdown
     for model in MODELS:
         path = trained[0] / "glyphs" / f"{model}.pt"
-        assert f"{path} ({sha256(path)[:12]})" in markdown
+        checkpoint = load_checkpoint(path)
+        epoch = f"epoch {checkpoint['epoch']} of {checkpoint['config']['epochs']}"
+        assert f"{path} ({epoch}, {sha256(path)[:12]})" in markdown
 
 
 FIGURES = (
