@@ -2,11 +2,11 @@
 
     python benchmarks/reproduction.py
 
-Reads checkpoints/tutorial/cifar100/*.csv, which the trainers wrote; results/tutorial/accuracy.json,
-which evaluate.py wrote; and the curves of the tutorial's author, from the logs that he published,
-results/tutorial/author_*.csv. Draws results/tutorial/curves and, for each tested data set,
-results/tutorial/compared_<data set>, as PNG and SVG; prints the tables of docs/reproduction.md.
-A few seconds, no data set needed.
+Reads checkpoints/tutorial/cifar100/*.csv, which the trainers wrote; accuracy.json in
+results/tutorial and results/tutorial_maml, which evaluate.py wrote; and the curves of the
+tutorial's author, from the logs that he published, results/tutorial/author_*.csv. Draws
+results/tutorial/curves and, for each tested data set, results/tutorial/compared_<data set>, as PNG
+and SVG; prints the tables of docs/reproduction.md. A few seconds, no data set needed.
 """
 
 import csv
@@ -37,12 +37,14 @@ AUTHORS_CHECKPOINTS = {"protonet": (175, 70.67), "protomaml": (200, 71.17)}
 
 def main():
     compare_training()
-    path = os.path.join(RESULTS, "accuracy.json")
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            rows = [row for row in json.load(file) if row["k_shot"] in K_SHOTS]
-        for dataset in dict.fromkeys(row["dataset"] for row in rows):
-            compare_tests(dataset, [row for row in rows if row["dataset"] == dataset])
+    rows = []
+    for folder in (RESULTS, f"{RESULTS}_maml"):
+        path = os.path.join(folder, "accuracy.json")
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                rows += [row for row in json.load(file) if row["k_shot"] in K_SHOTS]
+    for dataset in sorted({row["dataset"] for row in rows}):
+        compare_tests(dataset, [row for row in rows if row["dataset"] == dataset])
 
 
 def compare_training():
@@ -51,16 +53,14 @@ def compare_training():
     columns = [*EPOCHS, "181 to 200, mean", "best"]
     print_heading("5-way validation accuracy in % after epoch", columns)
     for model in MODELS:
-        ours = os.path.join(ROOT, "checkpoints", "tutorial", "cifar100", f"{model}.csv")
-        authors = os.path.join(RESULTS, f"author_{model}.csv")
-        for path, column, whose, line in (
-            (ours, "val_accuracy", "here", "-"),
-            (authors, "val_acc", "the author's log", ":"),
+        authors = f"{MODEL_NAMES[model]}, the author's log"
+        for path, column, name, line in (
+            (curve_of(model), "val_accuracy", name_here(model), "-"),
+            (os.path.join(RESULTS, f"author_{model}.csv"), "val_acc", authors, ":"),
         ):
             if not os.path.exists(path):
                 continue
             accuracy = read_curve(path, column)
-            name = f"{MODEL_NAMES[model]}, {whose}"
             style = {**STYLES[model], "markersize": 5, "markevery": 20, "linewidth": 1.2}
             if line == ":":
                 style["markerfacecolor"] = "white"
@@ -81,6 +81,16 @@ def compare_training():
     axis.legend(fontsize=8)
     figure.tight_layout()
     save_figure(figure, os.path.join(RESULTS, "curves"))
+
+
+def curve_of(model):
+    return os.path.join(ROOT, "checkpoints", "tutorial", "cifar100", f"{model}.csv")
+
+
+def name_here(model):
+    """Return the name of a model of this project, with its epochs where they are not 200."""
+    epochs = len(read_curve(curve_of(model), "val_accuracy"))
+    return f"{MODEL_NAMES[model]}, here" + (f", {epochs} epochs" if epochs != 200 else "")
 
 
 def read_curve(path, column):
@@ -106,7 +116,7 @@ def compare_tests(dataset, rows):
             here[model] = tuple(
                 [100 * of_model[k][quantity] for k in K_SHOTS] for quantity in ("accuracy", "ci95")
             )
-            print_row(f"**{name}, here**", intervals(*here[model]))
+            print_row(f"**{name_here(model)}**", intervals(*here[model]))
             if model in tutorials:
                 print_row("difference", differences(here[model], tutorials[model]))
             print_row("support sets", [str(of_model[k]["num_support_sets"]) for k in K_SHOTS])
@@ -137,8 +147,8 @@ def draw_tests(dataset, here, tutorials):
     """Draw accuracy over k; here and tutorials: {model: (accuracies, half-widths)}."""
     figure, axis = plt.subplots(figsize=(7, 4.2))
     for model, (found, widths) in here.items():
-        label = f"{MODEL_NAMES[model]}, here"
-        axis.errorbar(K_SHOTS, found, yerr=widths, capsize=3, label=label, **STYLES[model])
+        style = {**STYLES[model], "label": name_here(model)}
+        axis.errorbar(K_SHOTS, found, yerr=widths, capsize=3, **style)
     for model, (corrected, widths) in tutorials.items():
         label = f"{MODEL_NAMES[model]}, the tutorial's"
         label += ", corrected" if corrected != PRINTED[model, dataset] else ""
