@@ -1,28 +1,28 @@
 """Classify a folder of images, given a few labelled ones of each class; any trained model serves.
 
     python classify.py --support=FOLDER --images=FOLDER
-    python classify.py --support=FOLDER --images=FOLDER --model=checkpoints/cifar100/protonet.pt
+    python classify.py --support=FOLDER --images=FOLDER --model=FILE           # any checkpoint
     python classify.py --support=FOLDER --images=FOLDER --finetune_steps=160   # unlike CIFAR-100
 
 The support folder has one folder per class with one image or more, FOLDER/cat/1.jpg; the images to
 classify lie in the other folder, not in folders below it. They may be of any size and shape: the
-middle of each is brought to the size that the model was trained on. The model need not know the
-classes.
+middle of each is brought to the size of the training. The model need not know the classes.
 
 Prints a table, and writes classified.csv and contact sheets of 100 images each, classified.png,
 classified-2.png and so on, into results/classify/. It also tells how much to trust them: each
 support image, or 20 of them where the model adapts, is classified with the help of all others
-(leave-one-out), which is a little harder, as one image of its class is missing. With few images per
-class the probabilities are too high: for five validation classes of CIFAR-100, the classifier's
-average 86 to 88 %, while 61, 69, 79 and 86 % of the images are classified correctly with 1, 2, 5
-and 20 support images per class.
+(leave-one-out), which is a little harder. With few images per class the probabilities are too high:
+for five validation classes of CIFAR-100, the classifier's average 86 to 88 %, while 61, 69, 79 and
+86 % of the images are classified correctly with 1, 2, 5 and 20 support images per class.
 
-A classifier or a ProtoNet takes the nearest prototype, the mean of all support images of a class:
-some seconds. Fine-tuned, and always in ProtoMAML and MAML, the model adapts to the support set, and
-once more for every support image left out: a few minutes.
+A classifier or a ProtoNet takes the nearest prototype: some seconds. Fine-tuned, and always in
+ProtoMAML and MAML, the model adapts to the support set, and once more for every support image left
+out: a few minutes.
 """
 
 import os
+import sys
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,28 +31,19 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from common import UserError
 from common.augment import Views
-from common.checkpoint import ADAPTING, ROW_NAMES, encoder_of, image_shape, load_checkpoint
-from common.config import UserError, require
+from common.checkpoint import encoder_of, find_checkpoints, load_checkpoint
+from common.config import require, run_script
 from common.data import normalize
 from common.device import pick_device
-from common.encoder import encode_in_batches
+from common.encoders import encode_in_batches
 from common.figures import plot_contact_sheet
-from common.images import (
-    IMAGE_SUFFIXES,
-    list_folder,
-    list_images,
-    print_unused,
-    read_images,
-    read_labelled,
-    shown,
-)
-from common.inner_loop import FineTuning, InnerLoop, adapt_for_test
-from common.kshot import mean_features, spread_evenly
+from common.images import IMAGE_SUFFIXES, list_images, print_unused, read_folder, read_images, shown
+from common.kshot import adaptation, mean_features, spread_evenly
 from common.parallel import Workers
 from common.prototypes import distance_logits
-from common.script import run_script
-from common.tables import classified_table, write_classified
+from common.tables import classified_table, title_of, write_classified
 
 IMAGES_PER_SHEET = 100
 THUMBNAIL = 160  # pixels
@@ -64,7 +55,7 @@ class Config:
     support: str = ""  # folder with one folder of labelled images per class; required
     images: str = ""  # folder of the images to classify; required
     # model
-    model: str = "checkpoints/cifar100/classifier.pt"  # checkpoint of any kind
+    model: str = ""  # checkpoint of any kind; empty: your classifier, or the included one
     # inner loop of MAML and ProtoMAML
     num_inner_steps: int = 0  # SGD steps on the support set; 0: as in training
     lr_inner: float = 0.0  # learning rate for the encoder; 0: as in training
@@ -81,31 +72,43 @@ class Config:
     results_dir: str = "results/classify"  # where table and contact sheets go
 
     def __post_init__(self):
-        require(self, "num_inner_steps", "lr_inner", "lr_output", "max_left_out", least=0)
-        require(self, "finetune_steps", least=0)
-        require(self, "finetune_lr", above=0)
-        require(self, "unsure", least=0, most=1)
+        require(self, "num_inner_steps >= 0", "lr_inner >= 0", "lr_output >= 0")
+        require(self, "max_left_out >= 0", "finetune_steps >= 0", "finetune_lr > 0")
+        require(self, "0 <= unsure <= 1")
 
 
 def main(cfg):
-    class_files, files = list_files(cfg)
-    device = pick_device(cfg.device)
-    checkpoint = load_checkpoint(cfg.model)
-    encoder = encoder_of(checkpoint, cfg.model).to(device)
-    how = inner_loop_of(cfg, checkpoint)  # None: by nearest prototype
-
-    size, width = image_shape(checkpoint) or (32, 32)
+    for name in ("support", "images"):
+        if not getattr(cfg, name):
+            raise UserError(f"--{name}=FOLDER is missing; --help says what belongs into it")
+    device, folder = pick_device(cfg.device), Path(cfg.images)
+    path = cfg.model or find_checkpoints("cifar100")[0]  # a classifier, if there is one
+    checkpoint = load_checkpoint(path)
+    encoder = encoder_of(checkpoint, path).to(device)
+    size, width = checkpoint["image_shape"]
     if size != width:
-        raise UserError(
-            f"{cfg.model} was trained on images of {width}x{size} pixels, but photographs are made "
-            "square; pass a model of square images"
-        )
-    images, labels, class_names, files, failures = read_labelled(class_files, files, size)
+        raise UserError(f"{path} was trained on {width}x{size} pixels; pass one of square images")
+
+    support = read_folder(Path(cfg.support), size)
+    labels, class_names = torch.from_numpy(support["labels"]), support["class_names"].tolist()
+    print_unused([folder], list_images(folder))
+    errors = {}
+    images = read_images(list_images(folder), size, str(folder), errors)
+    files = [file for file in list_images(folder) if file not in errors]
+    for error in errors.values():
+        print(f"skipped: {shown(error)}", file=sys.stderr)
+    if not files:
+        raise UserError(f"{folder} holds no image to classify ({', '.join(IMAGE_SUFFIXES)})")
     normalized = partial(normalize, mean=checkpoint["mean"], std=checkpoint["std"])
-    support, images = images.to(device).split([len(labels), len(files)])
+    pixels = (torch.from_numpy(each).permute(0, 3, 1, 2) for each in (support["images"], images))
+    support, images = (each.to(device) for each in pixels)
     support, images = Views(support, normalize=normalized), normalized(images)  # [N, 3, H, W]
+
+    steps = {name: getattr(cfg, name) for name in ("num_inner_steps", "lr_inner", "lr_output")}
+    tuning = cfg.finetune_steps or None, cfg.finetune_lr
+    how = adaptation(checkpoint["config"], *tuning, **steps)  # None: by nearest prototype
     left_out = choose_left_out(labels, class_names, cfg.max_left_out if how else 0)
-    method = partial(by_adaptation, inner_loop=how) if how else by_nearest_prototype
+    method = partial(by_adaptation, how=how) if how else by_nearest_prototype
     logits, logits_left_out = method(encoder, support, labels, images, left_out)  # [N, C], [L, C]
 
     rows = result_rows(files, class_names, logits)
@@ -115,56 +118,9 @@ def main(cfg):
     print(f"unsure, with a probability below {100 * cfg.unsure:g} %: {unsure} of {len(rows)}")
     write_classified(rows, os.path.join(cfg.results_dir, "classified.csv"))
     row = checkpoint["model"] + ("_finetuned" if cfg.finetune_steps else "")
-    draw_contact_sheets(cfg, rows, files, class_names, ROW_NAMES[row])
+    draw_contact_sheets(cfg, rows, files, class_names, title_of(row))
     print(f"table and contact sheets: {cfg.results_dir}{os.sep}")
-    return 1 if failures else 0
-
-
-def inner_loop_of(cfg, checkpoint):
-    """Return how the model adapts, an InnerLoop or FineTuning, or None where it does not."""
-    if cfg.finetune_steps:
-        return FineTuning(cfg.finetune_steps, cfg.finetune_lr)
-    if checkpoint["model"] in ADAPTING:
-        names = ("num_inner_steps", "lr_inner", "lr_output")
-        options = {name: getattr(cfg, name) for name in names}
-        return InnerLoop.of(checkpoint["config"], **options)
-    return None
-
-
-def list_files(cfg):
-    """Return {class name: paths of its images} and the paths of the images to classify.
-
-    Raises UserError where a folder is missing, empty, or both are one.
-    """
-    for name, needed in (
-        ("support", "a folder with one folder of labelled images per class"),
-        ("images", "the folder of the images to classify"),
-        ("results_dir", "a folder for the results"),
-    ):
-        if not getattr(cfg, name):
-            raise UserError(f"{name} is empty, but needed: {needed}; pass --{name}=FOLDER")
-    support, folder = Path(cfg.support), Path(cfg.images)
-    class_folders = [path for path in list_folder(support) if path.is_dir()]
-    files = list_images(folder)
-    if folder.resolve() in [path.resolve() for path in (support, *class_folders)]:
-        raise UserError(
-            f"{folder} is the support folder or one of its classes; put the images to classify "
-            "into a folder of their own, --images=FOLDER"
-        )
-    results = Path(cfg.results_dir).resolve()
-    if results == folder.resolve() or results.parent == support.resolve():
-        raise UserError(
-            f"the contact sheets in {cfg.results_dir} would be taken for images the next time; "
-            "pass another --results_dir=FOLDER"
-        )
-    if not files:
-        kinds = ", ".join(IMAGE_SUFFIXES)
-        raise UserError(f"{folder} holds no image ({kinds}); put the images to classify there")
-    class_files = {shown(path.name): list_images(path) for path in class_folders}
-    used = {support, *class_folders, *files}.union(*class_files.values())
-    for each in (folder, support, *class_folders):
-        print_unused(each, sorted(set(list_folder(each)) - used))
-    return class_files, files
+    return 1 if errors else 0
 
 
 def choose_left_out(labels, class_names, most):
@@ -200,41 +156,37 @@ def by_nearest_prototype(encoder, support, labels, images, left_out):
     return logits, logits_left_out
 
 
-def by_adaptation(encoder, support, labels, images, left_out, inner_loop):
+def by_adaptation(encoder, support, labels, images, left_out, how):
     """Return the same as `by_nearest_prototype`, after adaptation to the support set.
 
-    inner_loop: the InnerLoop or FineTuning. For each support image left out, the encoder adapts to
+    how: the InnerLoop or FineTuning. For each support image left out, the encoder adapts to
     all others. Raises UserError where an adaptation diverges.
     """
     everything = torch.arange(len(labels))
 
     def leave_out(position, local):
-        others, query = everything[everything != position], support.of(position[None])
-        return adapted_logits(encoder, support, others, labels, query, inner_loop, local)
+        others, query = everything[everything != position], support.images_of(position[None])
+        return adapted_logits(encoder, support, others, labels, query, how, local)
 
-    logits = adapted_logits(encoder, support, everything, labels, images, inner_loop)
-    workers = Workers(images.device, len(left_out), encoder)
+    logits = adapted_logits(encoder, support, everything, labels, images, how, deepcopy(encoder))
+    workers = Workers(images.device, len(left_out), lambda: deepcopy(encoder))
     bar = {"total": len(left_out), "leave": False, "dynamic_ncols": True}
     logits_left_out = tqdm(workers.map(leave_out, left_out), "leave-one-out", **bar)
     return logits, torch.cat([logits[:0], *logits_left_out])
 
 
-def adapted_logits(encoder, views, support, labels, queries, inner_loop, local=None):
-    """Return the logits of the queries [Q, C], float32, after adaptation to a support set.
+def adapted_logits(encoder, views, support, labels, queries, how, local):
+    """Return the logits of the queries [Q, C], float32, after `local` has adapted to a support set.
 
-    support: indices of images, int64 [S]; local: the copy of the encoder to adapt, or None for a
-    new one. Raises UserError where the adaptation diverges.
+    support: indices of images, int64 [S]. Raises UserError where the adaptation diverges.
     """
     n_way, device = len(labels.unique()), queries.device
     chosen = support[equal_shots(labels[support])].to(device)  # [C * K]
-    local, weight, bias = adapt_for_test(encoder, views, chosen, n_way, inner_loop, local)
+    weight, bias = how.adapt(encoder, views, chosen, n_way, local)
     logits = F.linear(encode_in_batches(local.eval(), queries), weight, bias)
     if not logits.isfinite().all():
-        raise UserError(
-            f"the adaptation to {len(support)} support images diverged; pass a smaller --lr_inner, "
-            "--lr_output or --finetune_lr, or fewer steps"
-        )
-    return logits.cpu()
+        raise UserError(f"{how} diverged; pass a lower learning rate or fewer steps")
+    return logits.detach().cpu()
 
 
 def equal_shots(labels):
@@ -249,19 +201,12 @@ def equal_shots(labels):
 
 def result_rows(files, class_names, logits):
     """Return one dict per image: file, class, probability, runner-up and its probability."""
+    rows, columns = [], ("file", "class", "probability", "runner_up", "runner_up_probability")
     probabilities, classes = logits.softmax(dim=1).topk(2)  # [N, 2] each
-    return [
-        {
-            "file": shown(file.name),
-            "class": class_names[first],
-            "probability": probability,
-            "runner_up": class_names[second],
-            "runner_up_probability": next_probability,
-        }
-        for file, (first, second), (probability, next_probability) in zip(
-            files, classes.tolist(), probabilities.tolist()
-        )
-    ]
+    for file, (first, second), (c, d) in zip(files, probabilities.tolist(), classes.tolist()):
+        values = (shown(file.name), class_names[c], first, class_names[d], second)
+        rows.append(dict(zip(columns, values)))
+    return rows
 
 
 def what_to_expect(logits, wanted):
@@ -272,36 +217,33 @@ def what_to_expect(logits, wanted):
     if not len(wanted):
         return "leave-one-out: no class has two images, so what to expect is unknown"
     correct, count = (logits.argmax(dim=1) == wanted).sum().item(), len(wanted)
-    probability = logits.softmax(dim=1).amax(dim=1).mean().item()
+    probability, chance = logits.softmax(dim=1).amax(dim=1).mean().item(), 1 / logits.shape[1]
     return (
         f"leave-one-out: {correct} of {count} support images are classified correctly with the "
-        f"help of the others, {100 * (correct / count):.1f} %; by chance "
-        f"{100 * (1 / logits.shape[1]):.1f} %; their mean probability is {100 * probability:.1f} %"
+        f"help of the others, {correct / count:.1%}; by chance {chance:.1%}; their mean "
+        f"probability is {probability:.1%}"
     )
 
 
 def draw_contact_sheets(cfg, rows, files, class_names, model_name):
-    """Draw all images, by class and falling probability; remove further sheets of an earlier run.
-
-    rows and files: in the same order.
-    """
-
-    def place(pair):
-        return class_names.index(pair[0]["class"]), -pair[0]["probability"]
+    """Draw all images, by class and falling probability; remove sheets of an earlier run."""
 
     def path_of(number):
         name = f"classified-{number}.png" if number > 1 else "classified.png"
         return os.path.join(cfg.results_dir, name)
 
+    def place(pair):
+        return class_names.index(pair[0]["class"]), -pair[0]["probability"]
+
     pairs = sorted(zip(rows, files), key=place)
-    starts = range(0, len(pairs), IMAGES_PER_SHEET)
-    for number, start in enumerate(starts, 1):
-        rows, files = zip(*pairs[start : start + IMAGES_PER_SHEET])
+    sheets = [pairs[i : i + IMAGES_PER_SHEET] for i in range(0, len(pairs), IMAGES_PER_SHEET)]
+    for number, sheet in enumerate(sheets, 1):
+        rows, files = zip(*sheet)
         thumbnails = read_images(files, THUMBNAIL, "contact sheet")
-        title = f"{model_name}, sheet {number} of {len(starts)}; "
+        title = f"{model_name}, sheet {number} of {len(sheets)}; "
         title += f"dashed: probability below {100 * cfg.unsure:g} %"
         plot_contact_sheet(thumbnails, rows, cfg.unsure, title, path_of(number))
-    number = len(starts) + 1
+    number = len(sheets) + 1
     while os.path.exists(path_of(number)):
         os.remove(path_of(number))
         number += 1

@@ -1,61 +1,45 @@
 """Train ProtoMAML (Triantafillou et al. 2020) or MAML (Finn et al. 2017), first order.
 
 The inner loop adapts a copy of the encoder, and an output layer, to the support set of a task by a
-few steps of SGD, theta' = theta - lr_inner * gradient (`common/inner_loop.py`). The outer loop
-learns weights theta from which that works well: it follows the gradient of the query loss of the
-adapted copy. ProtoMAML starts the output layer from the prototypes, MAML from zeros.
+few steps of SGD. The outer loop learns weights from which that works well: it follows the gradient
+of the query loss of the adapted copy. ProtoMAML starts the output layer from the prototypes, MAML
+from zeros.
 
     python train_protomaml.py                              the tutorial's recipe on CIFAR-100
     python train_protomaml.py --output_init=zeros          MAML
     python train_protomaml.py --recipe=best                from the classifier, BatchNorm frozen
-    python train_protomaml.py --dataset=glyphs --init_from=checkpoints/glyphs/protonet.pt \\
+    python train_protomaml.py --dataset=glyphs --init_from=checkpoints/quick/glyphs/protonet.pt \\
         --epochs=1 --lr=3e-4                               the built-in data set
     python train_protomaml.py --resume=true                go on after a stop
     python evaluate.py                                     then: the k-shot test
 
 Writes checkpoints/<dataset>/protomaml.pt (best epoch), protomaml_last.pt (to resume),
-protomaml.csv and protomaml_curves.png; with --output_init=zeros the same files under the name maml.
-An epoch has 75 outer steps of 16 tasks, 1.4 s each on 2 CPU cores. 5-way validation accuracy:
-CIFAR-100 57 % after 12 epochs; glyphs as above 98.6 %, in two minutes.
+protomaml.csv and protomaml_curves.png; for MAML the same under the name maml. An epoch has 75 outer
+steps of 16 tasks, 1.4 s each on 2 CPU cores. 5-way validation accuracy: CIFAR-100 57 % after 12
+epochs; glyphs as above 98.6 %, in two minutes.
 """
 
 import math
 import os
+from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 
 import torch
 import torch.nn.functional as F
 
-from common.augment import EpochBatches, augment
+from common import UserError
+from common.augment import AugmentedBatches
 from common.checkpoint import starting_encoder
-from common.config import UserError, refuse_own_output, require, require_one_of
+from common.config import require, run_script
 from common.cuda_graph import CudaGraphStep
-from common.data import SMALLEST_IMAGE, load_training_data
+from common.data import load_training_data
 from common.device import pick_device
-from common.encoder import PRECISIONS
-from common.inner_loop import (
-    BATCHNORMS,
-    OUTPUT_INITS,
-    InnerLoop,
-    adapt,
-    first_order_gradients,
-    follow_statistics,
-    hand_over_gradients,
-    running_statistics,
-)
+from common.inner_loop import copy_weights, float_buffers, inner_loop
 from common.optimizer import make_optimizer, set_learning_rate, step_decay
-from common.parallel import (
-    Workers,
-    all_reduce,
-    equal_share,
-    gather,
-    process_count,
-    share,
-)
-from common.prototypes import accuracy
-from common.samplers import TaskBatchSampler, episode_labels, validation_episodes
-from common.script import run_script
+from common.parallel import Workers, all_gather, all_reduce, equal_share, my_slice
+from common.prototypes import accuracy, episode_labels, make_prototypes, prototype_head
+from common.samplers import FewShotBatchSampler, validation_episodes
 from common.training_run import TrainingRun
 
 
@@ -73,7 +57,6 @@ class Config:
     k_shot: int = 4  # support images per class
     n_query: int = 4  # query images per class
     tasks_per_step: int = 16  # tasks (episodes) whose gradients make up one outer step
-    val_way: int = 0  # classes per validation episode, at most all; 0: as n_way
     val_episodes: int = 0  # validation episodes, each adapted to; 0: as many as the images give
     # model
     proto_dim: int = 64  # length of a feature vector and of a prototype
@@ -92,46 +75,28 @@ class Config:
     steps_per_epoch: int = 0  # outer steps per epoch at most; 0: as many as the images give
     # run
     seed: int = 42  # of weights, episodes and augmentation; validation episodes are always the same
-    device: str = "auto"  # auto, cuda, mps or cpu
+    device: str = "auto"  # auto (CUDA if there is one, else the CPU), cuda, mps or cpu
     precision: str = "float32"  # of the encoder: float32, or bfloat16, faster on some machines
     cuda_graphs: bool = True  # false: run CUDA steps eagerly, to debug one or to save memory
     checkpoint_dir: str = "checkpoints"  # checkpoints go to <checkpoint_dir>/<dataset>/
     resume: bool = False  # go on with the unfinished run
-    overwrite: bool = False  # discard the unfinished run
+    overwrite: bool = False  # discard the run that is there
 
     def __post_init__(self):
-        require(self, "image_size", least=SMALLEST_IMAGE)
-        require(self, "n_way", least=2)
-        if self.val_way:
-            require(self, "val_way", least=2)
-        require(
-            self, "k_shot", "n_query", "tasks_per_step", "proto_dim", "num_inner_steps", least=1
-        )
-        require(self, "epochs", least=1)
-        require(self, "val_episodes", "weight_decay", "steps_per_epoch", "seed", least=0)
-        require(self, "lr_drops", above=0, most=1)
-        require_one_of(self, "precision", PRECISIONS)
-        require(self, "lr", "lr_inner", "lr_output", above=0)
-        require_one_of(self, "output_init", OUTPUT_INITS)
-        require_one_of(self, "batchnorm", BATCHNORMS)
-        refuse_own_output(self, "init_from", self.model)
-        if self.batchnorm == "frozen" and not self.init_from:
-            raise UserError(
-                "batchnorm is frozen, which needs the statistics of a trained encoder: pass "
-                "--init_from=FILE too"
-            )
-
-    @property
-    def model(self):
-        return "protomaml" if self.output_init == "prototypes" else "maml"
+        require(self, "n_way >= 2", "k_shot >= 1", "n_query >= 1", "tasks_per_step >= 1")
+        require(self, "num_inner_steps >= 1", "lr_inner > 0", "lr_output > 0", "lr > 0")
+        require(self, "all(0 < share <= 1 for share in lr_drops)", "weight_decay >= 0")
+        require(self, "proto_dim >= 1", "val_episodes >= 0", "epochs >= 1", "steps_per_epoch >= 0")
+        require(self, "precision in ('float32', 'bfloat16')", "batchnorm in ('batch', 'frozen')")
+        require(self, "output_init in ('prototypes', 'zeros')", "seed >= 0")
+        require(self, "batchnorm == 'batch' or init_from")  # frozen: those of a trained encoder
 
 
 RECIPES = {
     "tutorial": {},
-    # From the trained classifier, its BatchNorm statistics kept, with more classes and images and
-    # small inner steps. For CIFAR-100; docs/experiments.md has the numbers behind it.
+    # From the trained classifier, for CIFAR-100; docs/experiments.md has the numbers behind it.
     "best": {
-        "init_from": "checkpoints/cifar100/classifier.pt",
+        "init_from": "checkpoints/best/cifar100/classifier.pt",
         "batchnorm": "frozen",
         "n_way": 10,
         "k_shot": 8,
@@ -149,114 +114,123 @@ RECIPES = {
 }
 
 
-def solve_task(cfg, encoder, n_way, images, local, attached=True):
-    """Adapt to the support set of a task; return the adapted copy, query loss and query accuracy.
+def query_loss(cfg, encoder, copies, images, n_way):
+    """Adapt to the support set of a task; return the loss and the accuracy of its query set.
 
-    images [n_way * (K+Q), 3, H, W], the support set first; local: the copy to adapt. attached:
-    whether the outer gradient will be asked for.
+    copies: two copies of the encoder: one keeps its weights, the other adapts. images
+    [n_way*(K+Q), 3, H, W]: the support set, class by class, then the query set likewise.
     """
+    start, local = copies
+    for copy in copies:
+        copy_weights(encoder, copy)
+    x_spt, x_qry = images.split([n_way * cfg.k_shot, n_way * cfg.n_query])
     y_spt = episode_labels(n_way, cfg.k_shot, images.device)  # [N*K]
     y_qry = episode_labels(n_way, cfg.n_query, images.device)  # [N*Q]
-    x_spt, x_qry = images.split([len(y_spt), len(y_qry)])
-    # Inner loop: theta' = theta - lr_inner * gradient of the support loss, num_inner_steps times
-    # (`inner_step` in common/inner_loop.py).
-    inner_loop = InnerLoop.of(vars(cfg))
-    local, weight, bias = adapt(encoder, x_spt, y_spt, n_way, inner_loop, local, attached)
-    # What the outer loop minimises: the query loss of the adapted copy. With batchnorm "batch" the
-    # copy is still in train mode, and the queries are normalised by their own statistics.
+    if cfg.output_init == "prototypes":  # ProtoMAML: the output layer that equals a ProtoNet
+        weight0, bias0 = prototype_head(make_prototypes(start(x_spt), n_way))  # [N, D], [N]
+    else:  # MAML
+        weight0 = images.new_zeros(n_way, encoder.num_features)
+        bias0 = images.new_zeros(n_way)
+    # Inner loop: theta' = theta - lr_inner * gradient of the support loss, num_inner_steps times.
+    how = cfg.num_inner_steps, cfg.lr_inner, cfg.lr_output
+    weight, bias = inner_loop(local, weight0, bias0, x_spt, y_spt, *how)
+    # First order: forward uses the adapted values, the gradient flows to the initial ones.
+    weight = weight0 + (weight - weight0).detach()
+    bias = bias0 + (bias - bias0).detach()
     logits = F.linear(local(x_qry), weight, bias)  # [N*Q, N]
-    return local, F.cross_entropy(logits, y_qry), accuracy(logits, y_qry)
+    return F.cross_entropy(logits, y_qry), accuracy(logits, y_qry)
 
 
-def learn_task(cfg, encoder, images, local):
-    """Return a task's loss and accuracy, its gradients for the encoder and its statistics."""
-    local, loss, acc = solve_task(cfg, encoder, cfg.n_way, images, local)
-    gradients = first_order_gradients(loss, encoder, local)
-    return loss.detach(), acc, gradients, running_statistics(local)
+def task_gradients(cfg, encoder, copies, images):
+    """Return a task's query loss and accuracy, its gradients for the encoder, its statistics."""
+    start, local = copies
+    start.zero_grad(), local.zero_grad()
+    loss, acc = query_loss(cfg, encoder, copies, images, cfg.n_way)
+    loss.backward()
+    # First order: the gradient of the adapted copy counts as the encoder's.
+    gradients = [parameter.grad for parameter in local.parameters()]
+    if cfg.output_init == "prototypes":  # which depend on the encoder, too
+        gradients = torch._foreach_add(gradients, [p.grad for p in start.parameters()])
+    return loss.detach(), acc, gradients, torch._foreach_mul(float_buffers(local), 1.0)
 
 
-def learn_tasks(cfg, data, encoder, workers, tasks, *views):
-    """Set the encoder's gradients, summed over the tasks; return mean loss and accuracy.
+def train_step(cfg, encoder, optimizer, workers, images):
+    """Take an outer step on T tasks; return their mean query loss and accuracy.
 
-    tasks: indices of images, int64 [T*N*(K+Q)], one task after the other. views: their random crops
-    and flips.
+    images [T*N*(K+Q), 3, H, W], one task after the other.
     """
-    images = data.normalize(augment(data.train.images[tasks], *views))
-    images = images.split(cfg.n_way * (cfg.k_shot + cfg.n_query))  # T of [N*(K+Q), 3, H, W]
-    results = workers.map(partial(learn_task, cfg, encoder), images)
+    tasks = images.split(cfg.n_way * (cfg.k_shot + cfg.n_query))  # T of [N*(K+Q), 3, H, W]
+    # Several tasks at a time, each worker with copies of its own.
+    results = workers.map(lambda task, copies: task_gradients(cfg, encoder, copies, task), tasks)
     losses, accuracies, gradients, statistics = zip(*results)
-    hand_over_gradients(encoder, gradients)
-    if cfg.batchnorm == "batch":
-        follow_statistics(encoder, statistics)
-    return torch.stack(losses).mean(), torch.stack(accuracies).mean()
+    loss, acc = torch.stack(losses).mean(), torch.stack(accuracies).mean()
+    gradients = reduce(torch._foreach_add, gradients)  # the sum over the tasks
+    statistics = [torch.stack(of_tasks).mean(dim=0) for of_tasks in zip(*statistics)]
+    all_reduce(sums=gradients, means=[loss, acc, *statistics])  # over the processes of torchrun
+    for parameter, gradient in zip(encoder.parameters(), gradients):
+        parameter.grad = gradient
+    optimizer.step()
+    if cfg.batchnorm == "batch":  # the encoder's own follow those of the adapted copies
+        torch._foreach_copy_(float_buffers(encoder), statistics)
+    return loss, acc
 
 
-def validation_step(cfg, encoder, workers, n_way, val_images, episodes):
-    """Return the losses and accuracies [E] of episodes, indices int64 [E, N*(K+Q)]."""
-    solve = partial(solve_task, cfg, encoder, n_way, attached=False)
-    results = workers.map(solve, val_images[episodes])
-    _, losses, accuracies = zip(*results)
-    return torch.stack(losses).detach(), torch.stack(accuracies)
+def validation_step(cfg, encoder, workers, images, n_way):
+    """Return losses and accuracies [E] of episodes, images [E, n_way*(K+Q), 3, H, W]."""
+
+    @torch.no_grad()  # the inner loop records what it needs
+    def solve(episode, copies):
+        return query_loss(cfg, encoder, copies, episode, n_way)
+
+    losses, accuracies = zip(*workers.map(solve, images))
+    return torch.stack(losses), torch.stack(accuracies)
 
 
 def main(cfg):
-    own_tasks = equal_share(cfg, "tasks_per_step")  # of each outer step
+    own_tasks = equal_share(cfg, "tasks_per_step")
     device = pick_device(cfg.device)
     torch.manual_seed(cfg.seed)
 
     data = load_training_data(cfg.dataset, cfg.data_dir, device, cfg.split, cfg.image_size)
-    sampler = TaskBatchSampler(
-        data.train.labels,
-        cfg.tasks_per_step,
-        cfg.n_way,
-        cfg.k_shot,
-        include_query=True,
-        num_query=cfg.n_query,
-        class_names=data.train.class_names,
-        seed=cfg.seed,
-    )
-    val_way = min(cfg.val_way or cfg.n_way, len(data.val.class_names))
+    way_and_shot, names = (cfg.n_way, cfg.k_shot), data.train.class_names
+    options = {"num_query": cfg.n_query, "class_names": names, "seed": cfg.seed}
+    sampler = FewShotBatchSampler(data.train.labels, *way_and_shot, include_query=True, **options)
+    if (num_steps := len(sampler) // cfg.tasks_per_step) == 0:
+        raise UserError(f"an epoch has {len(sampler)} episodes; pass fewer --tasks_per_step")
+    val_way = min(cfg.n_way, len(data.val.class_names))
     val_episodes = validation_episodes(data.val, val_way, cfg.k_shot, cfg.n_query).to(device)
     val_episodes = val_episodes[: cfg.val_episodes or None]
-    if len(val_episodes) < process_count():
-        raise UserError(
-            f"{process_count()} processes cannot share {len(val_episodes)} validation episodes; "
-            "start fewer processes or pass a larger --val_episodes=N"
-        )
     val_images = data.normalize(data.val.images)
 
-    encoder = starting_encoder(cfg, data).to(device)
+    encoder = starting_encoder(cfg, data).to(device).train(cfg.batchnorm == "batch")
     optimizer = make_optimizer(encoder.parameters(), cfg.lr, cfg.weight_decay, device)
-    run = TrainingRun(cfg, cfg.model, encoder, optimizer, sampler.generator, data)
+    model = "protomaml" if cfg.output_init == "prototypes" else "maml"
+    run = TrainingRun(cfg, model, encoder, optimizer, sampler.generator, data)
 
-    # Several tasks at a time, each on its own copy of the encoder.
-    workers = Workers(device, own_tasks, encoder)
-    step_fn = partial(learn_tasks, cfg, data, encoder, workers)
-    step_fn = CudaGraphStep(step_fn, device, cfg.cuda_graphs)
-    val_fn = partial(validation_step, cfg, encoder, workers, val_way, val_images)
-    val_fn = CudaGraphStep(val_fn, device, cfg.cuda_graphs)
-    statistics = list(encoder.buffers()) if cfg.batchnorm == "batch" else []
+    workers = Workers(device, own_tasks, lambda: (deepcopy(encoder), deepcopy(encoder)))
+    step = CudaGraphStep(
+        partial(train_step, cfg, encoder, optimizer, workers), device, cfg.cuda_graphs
+    )
+    val_step = partial(validation_step, cfg, encoder, workers, n_way=val_way)
+    val_step = CudaGraphStep(val_step, device, cfg.cuda_graphs)
     for epoch in run.epochs():
         lr = step_decay(cfg.lr, epoch, cfg.epochs, cfg.lr_drops)
         set_learning_rate(optimizer, lr)
         # Tasks and augmentation are drawn for the whole epoch, on the CPU, from one generator.
-        tasks = sampler.episodes()  # [steps, T, N*(K+Q)]
-        batches = EpochBatches(tasks, data.train.images, sampler.generator)
+        tasks = sampler.episodes()[: num_steps * cfg.tasks_per_step]
+        tasks = tasks.view(num_steps, cfg.tasks_per_step, -1)  # [steps, T, N*(K+Q)]
+        batches = AugmentedBatches(data, tasks, sampler.generator, mine=my_slice())
 
-        for step in run.steps(len(batches)):
-            loss, acc = step_fn(*batches.of(step))
-            gradients = [parameter.grad for parameter in encoder.parameters()]
-            all_reduce(sums=gradients, means=[loss, acc, *statistics])
-            optimizer.step()
-            run.track(loss, acc)
+        for images in run.progress(batches):  # [T*N*(K+Q), 3, H, W]
+            run.track(*step(images))
 
         # Validation: adapt to episodes of other classes, always the same ones.
-        own = val_episodes[share()]
+        own = val_episodes[my_slice()]
         chunks = own.chunk(math.ceil(len(own) / own_tasks))
-        results = map(torch.cat, zip(*map(val_fn, chunks)))
-        losses, accuracies = (gather(values, len(val_episodes)) for values in results)
+        results = map(torch.cat, zip(*(val_step(val_images[chunk]) for chunk in chunks)))
+        losses, accuracies = (all_gather(values, len(val_episodes)) for values in results)
         run.end_epoch(lr, losses.mean().item(), accuracies.mean().item())
-    run.finish(val_way)
+    run.finish(f"{cfg.n_way}-way {cfg.k_shot}-shot", f"{val_way}-way {cfg.k_shot}-shot")
 
 
 if __name__ == "__main__":

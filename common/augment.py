@@ -1,74 +1,75 @@
 """The training augmentation, for a whole batch on its device; the views of an image in a test.
 
-It does what torchvision's RandomHorizontalFlip, RandomResizedCrop(size, scale=(least_crop, 1),
+It does what torchvision's RandomHorizontalFlip, RandomResizedCrop(size, scale=(min_crop_area, 1),
 ratio=(0.9, 1.1)) and, if wanted, ColorJitter (brightness, contrast, saturation, in this order) do
-to one image after another; only where no crop fits, in images far from square, it takes the whole
-image. The random numbers are drawn apart from their use: on the CPU, for an epoch at a time, so
-that every machine draws the same ones.
+to one image after another; where no crop fits, in images far from square, it takes the whole image.
+The random numbers are drawn apart from their use, on the CPU, so that every machine draws the same.
 """
 
 import math
 
 import torch
 
-from common.parallel import share
-
-LEAST_CROP = 0.8  # area of the smallest crop, as a share of the image; the largest is all of it
 RATIO = (0.9, 1.1)  # width of the crop over its height
 ATTEMPTS = 10  # crops drawn until one fits into the image, as in torchvision
-LEAST_VIEW = 0.7  # area of the smallest crop among the views of a test
+MIN_VIEW_AREA = 0.7  # of the smallest crop among the views of a test
 
 
-class EpochBatches:
-    """Images, random crops, flips and colour changes of all steps of an epoch, drawn on the CPU.
+class AugmentedBatches:
+    """The images of each step of an epoch: randomly cropped, flipped and coloured, normalised.
 
-    tasks: indices into images, int64 [steps, T, M]: in each step T tasks of M images. images
-    [N, 3, H, W]: they lie on the device that augments them. least_crop: area of the smallest crop,
-    as a share of the image. color_jitter: see `draw_jitter`.
-    With several processes all draw the same numbers, and each keeps those of its share of the
-    tasks.
+    Iterating yields float32 [B, 3, H, W] per step, on the device of the images of `data`, the
+    TrainingData. indices: of training images, int64 [steps, B] or [steps, T, M]: T tasks of M
+    images. min_crop_area: area of the smallest crop, as a share of the image. color_jitter: see
+    `draw_jitter`. mine: the slice of the images or tasks that this process computes; all processes
+    draw the same numbers, those of an epoch at once.
     """
 
-    def __init__(self, tasks, images, generator, least_crop=LEAST_CROP, color_jitter=0.0):
-        boxes, flips = draw_augmentation(tasks.numel(), *images.shape[2:], generator, least_crop)
+    def __init__(
+        self, data, indices, generator, min_crop_area=0.8, color_jitter=0.0, mine=slice(None)
+    ):
+        self.data, self.images, count = data, data.train.images, indices.numel()
+        boxes, flips = draw_augmentation(count, *self.images.shape[2:], generator, min_crop_area)
         # Drawn even where it is not used: the episodes of a seed do not depend on this option.
-        factors = draw_jitter(tasks.numel(), color_jitter, generator)
-        drawn = [tasks.flatten(), boxes, flips, *([factors] if color_jitter else [])]
-        by_task = [numbers.view(*tasks.shape, *numbers.shape[1:]) for numbers in drawn]
-        own = [numbers[:, share()].flatten(1, 2) for numbers in by_task]  # [steps, B, ...] each
-        self.drawn = [numbers.to(images.device) for numbers in own]
+        factors = draw_jitter(count, color_jitter, generator)
+        drawn = [indices.flatten(), boxes, flips, *([factors] if color_jitter else [])]
+        self.drawn = []  # [steps, B, ...] each
+        for numbers in drawn:
+            own = numbers.view(*indices.shape, *numbers.shape[1:])[:, mine]
+            own = own.reshape(len(indices), -1, *numbers.shape[1:])
+            self.drawn.append(own.to(self.images.device))
 
     def __len__(self):
         return len(self.drawn[0])
 
-    def of(self, step):
-        """Return indices [B], boxes [B, 4], flips [B] and maybe factors [B, 3] of a step.
-
-        B is the number of images of this process's tasks.
-        """
-        return tuple(numbers[step] for numbers in self.drawn)
+    def __iter__(self):
+        # On a GPU many steps at once, since starting an operation takes longer than the operation.
+        size = self.drawn[0].shape[1]
+        at_once = 1 if self.images.device.type == "cpu" else max(1, 4096 // size)
+        for chunk in zip(*(numbers.split(at_once) for numbers in self.drawn)):
+            indices, *views = (numbers.flatten(0, 1) for numbers in chunk)
+            yield from self.data.normalize(augment(self.images[indices], *views)).split(size)
 
 
 class Views:
     """Several views of each image, whose mean a test takes (Bendou et al. 2022, "EASY").
 
     The first is the image itself, the second its horizontal flip; then follow random crops of the
-    one and the other in turn, down to LEAST_VIEW of the area. images [N, 3, H, W], count: views of
-    each; normalize: what is done to a batch of views last. Every call with the same numbers draws
-    the same crops.
+    one and the other in turn, down to MIN_VIEW_AREA. images [N, 3, H, W]; count: views of each;
+    normalize: what is done to a batch of views last. The same numbers draw the same crops.
     """
 
     def __init__(self, images, count=1, normalize=lambda images: images):
         self.images, self.count, self.normalize = images, count, normalize
         if count > 1:
             size, generator = images.shape[2:], torch.Generator().manual_seed(0)
-            boxes, _ = draw_augmentation(len(images) * count, *size, generator, LEAST_VIEW)
+            boxes, _ = draw_augmentation(len(images) * count, *size, generator, MIN_VIEW_AREA)
             boxes = boxes.view(-1, count, 4)
             boxes[:, :2] = torch.tensor([0, 0, *size])
             self.boxes = boxes.to(images.device)
             self.flips = (torch.arange(count) % 2 == 1).to(images.device)
 
-    def of(self, indices):
+    def images_of(self, indices):
         """Return all views of the images of int64 [B], as [B * count, 3, H, W], image by image."""
         images = self.images[indices]
         if self.count > 1:
@@ -76,26 +77,26 @@ class Views:
             images = augment(images.repeat_interleave(self.count, dim=0), boxes, flips)
         return self.normalize(images)
 
-    def random(self, indices, generator, least_crop, color_jitter):
+    def random_crops(self, indices, generator, min_crop_area, color_jitter):
         """Return a random crop, its colours changed, of each image, [B, 3, H, W]; no flips.
 
-        least_crop and color_jitter are those of `draw_augmentation` and `draw_jitter`.
+        min_crop_area and color_jitter are those of `draw_augmentation` and `draw_jitter`.
         """
         images = self.images[indices]
-        boxes, flips = draw_augmentation(len(images), *images.shape[2:], generator, least_crop)
+        boxes, flips = draw_augmentation(len(images), *images.shape[2:], generator, min_crop_area)
         factors = draw_jitter(len(images), color_jitter, generator)
         drawn = (numbers.to(images.device) for numbers in (boxes, torch.zeros_like(flips), factors))
         return self.normalize(augment(images, *drawn))
 
 
-def draw_augmentation(count, height, width, generator, least_crop=LEAST_CROP):
+def draw_augmentation(count, height, width, generator, min_crop_area=0.8):
     """Draw crop boxes and flips for `count` images of `height` x `width` pixels.
 
-    least_crop: area of the smallest crop, as a share of the image. Returns boxes int64 [count, 4]
-    = (top, left, height, width), in pixels, and flips bool [count].
+    min_crop_area: of the smallest crop, as a share of the image. Returns boxes int64 [count, 4] =
+    (top, left, height, width), in pixels, and flips bool [count].
     """
     uniform = torch.rand(2, count, ATTEMPTS, generator=generator)
-    area = height * width * (least_crop + uniform[0] * (1 - least_crop))
+    area = height * width * (min_crop_area + uniform[0] * (1 - min_crop_area))
     ratio = torch.exp(math.log(RATIO[0]) + uniform[1] * math.log(RATIO[1] / RATIO[0]))
     crop_height = (area / ratio).sqrt().round().long()  # [count, ATTEMPTS]
     crop_width = (area * ratio).sqrt().round().long()
@@ -114,10 +115,9 @@ def draw_augmentation(count, height, width, generator, least_crop=LEAST_CROP):
 def augment(images, boxes, flips, factors=None):
     """Flip images horizontally, crop, resize to full size, change the colours.
 
-    images [B, 3, H, W] with values in 0..255, boxes int64 [B, 4], flips bool [B], factors [B, 3] or
-    None (colours stay, and the values may lie in any range); returns floating-point [B, 3, H, W] in
-    the same range. The interpolation is bilinear and, as in torchvision, sees nothing outside the
-    crop.
+    images [B, 3, H, W] in 0..255, boxes int64 [B, 4], flips bool [B], factors [B, 3] or None -> the
+    same in floating point. The interpolation is bilinear and, as in torchvision, sees nothing
+    outside the crop.
     """
     images = images if images.is_floating_point() else images.float()
     height, width = images.shape[2:]
@@ -132,19 +132,15 @@ def augment(images, boxes, flips, factors=None):
 
 
 def draw_jitter(count, strength, generator):
-    """Draw factors of brightness, contrast and saturation, float32 [count, 3].
-
-    They are uniform in 1 - strength .. 1 + strength.
-    """
+    """Draw factors of a colour change, float32 [count, 3], within 1 - strength .. 1 + strength."""
     return 1 + strength * (2 * torch.rand(count, 3, generator=generator) - 1)
 
 
 def jitter_colors(images, factors):
-    """Change brightness, then contrast, then saturation by factors [B, 3].
+    """Change brightness, contrast, saturation of images [B, 3, H, W] in 0..255 by factors [B, 3].
 
-    images [B, 3, H, W] with values in 0..255.
-    Contrast blends with the mean grey of the image, saturation with the grey of each pixel, as in
-    torchvision.
+    As in torchvision, contrast blends with the mean grey of the image, saturation with the grey of
+    each pixel.
     """
     brightness, contrast, saturation = factors.T[:, :, None, None, None]
     images = (images * brightness).clamp(0, 255)

@@ -1,5 +1,6 @@
-"""The checkpoint file: save, load, check."""
+"""The checkpoint file: save, load, check; the encoder in it."""
 
+import glob
 import hashlib
 import io
 import os
@@ -7,30 +8,29 @@ import warnings
 
 import torch
 
-from common.config import UserError, first_line
-from common.data import SOURCES
-from common.encoder import Encoder
+from common import UserError, first_line
+from common.encoders import Encoder
 from common.files import atomic_file
-from common.images import size_text
-from common.inner_loop import BATCHNORMS, OUTPUT_INITS
-from common.parallel import on_first
-from common.splits import PARTS, is_list_of_names, split_classes
+from common.splits import PARTS, split_classes
 from common.tutorial import is_lightning_file, read_lightning_file
 
+# The models that come with the project: <recipe>/<data set>/<model>.pt.
+INCLUDED = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "checkpoints")
 FORMAT = "few-shot checkpoint, version 2"
-MODEL_NAMES = {
-    "classifier": "Classifier",
-    "protonet": "ProtoNet",
-    "maml": "MAML",
-    "protomaml": "ProtoMAML",
+# What a checkpoint must hold. `model` is the name under which it is tested; one whose `config` has
+# an inner loop adapts to every support set, the others take the nearest prototype.
+CONTENTS = {
+    "model": str,
+    "dataset": str,
+    "config": dict,
+    "encoder": dict,
+    "state_dict": dict,
+    "class_split": dict,
+    "epoch": int,
+    "image_shape": list,
+    "mean": (tuple, list),
+    "std": (tuple, list),
 }
-# The rows of a test: each model, and the same fine-tuned on every support set.
-ROW_NAMES = {
-    row: title
-    for model, name in MODEL_NAMES.items()
-    for row, title in ((model, name), (f"{model}_finetuned", f"{name}, fine-tuned"))
-} | {"pixels": "Pixels"}
-ADAPTING = ("maml", "protomaml")  # the other models classify by nearest prototype
 
 
 def save_checkpoint(path, contents):
@@ -51,36 +51,54 @@ def load_checkpoint(path):
     is never run. Raises UserError where the file is missing, damaged, foreign or hostile.
     """
     if not os.path.isfile(path):
-        raise UserError(
-            f"there is no checkpoint {path}; train one first (python train_protonet.py --help) or "
-            "pass another file"
-        )
+        raise UserError(f"there is no checkpoint {path}; train one first, or pass another file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the error says it in one line
             contents = torch.load(path, map_location="cpu", weights_only=True)
-    # On foreign bytes torch.load raises whatever its layers raise: pickle, zip, struct, unicode,
-    # ...
-    except Exception as error:
+        if is_lightning_file(contents):
+            print(f"{path} carries no digest, so damage to it would go unnoticed")
+            contents = read_lightning_file(contents)
+        elif contents.pop("digest") != content_digest(contents) or contents["format"] != FORMAT:
+            raise ValueError(f"its digest or format does not fit, {FORMAT!r} is needed")
+        # The tutorial's files, and some that come with the project, do not say it.
+        contents.setdefault("image_shape", [32, 32])
+        for name, kind in CONTENTS.items():
+            if not isinstance(contents[name], kind):
+                raise TypeError(f"its {name!r} cannot be used")
+        return contents
+    except Exception as error:  # a bad file can raise anything here
         raise UserError(
-            f"{path} is not a readable checkpoint ({first_line(error)}); it may be damaged or "
-            "foreign: train again or pass another file"
+            f"{path} is damaged, or no checkpoint of this project ({type(error).__name__}: "
+            f"{first_line(error)}); train again or pass another file"
         ) from error
-    lightning = is_lightning_file(contents)
-    if lightning:
-        contents = {"class_split": {}, **read_lightning_file(contents, path)}
-    else:
-        _check_digest(contents, path)
-    _check_contents(contents, path)
-    if lightning:
-        print(f"{path} carries no digest, so damage to it would go unnoticed")
-    return contents
+
+
+def find_checkpoints(dataset, named=()):
+    """Return paths of checkpoints: those named, files or folders, else the user's, else included.
+
+    dataset: on which they were trained. Raises UserError where there are none.
+    """
+    included = [os.path.join(INCLUDED, recipe, dataset) for recipe in ("best", "quick")]
+    found = []
+    for path in named or (os.path.join("checkpoints", dataset), *included):
+        files = sorted(glob.glob(os.path.join(glob.escape(path), "*.pt")))
+        # Those ending in _last are to resume from.
+        found += [file for file in files if not file.endswith("_last.pt")]
+        if named and not os.path.isdir(path):
+            found.append(path)
+        if found and not named:
+            print(f"models: those in {path}{os.sep}")
+            break
+    if not found:
+        raise UserError(f"found no checkpoint for {dataset}; train one first, or name a file")
+    return found
 
 
 def content_digest(value):
     """Return the SHA-256, in hexadecimal, of nested dicts, lists, plain values and tensors.
 
-    Their types, their order and every bit of the tensors count; where these lie does not.
+    Types, order and every bit count; where a tensor lies does not.
     """
     digest = hashlib.sha256()
 
@@ -112,82 +130,12 @@ def encoder_of(checkpoint, path):
             warnings.simplefilter("ignore")
             encoder = Encoder(**checkpoint["encoder"])
         encoder.load_state_dict(checkpoint["state_dict"])
-    # A number that no network has is refused by whatever layer it reaches first.
-    except Exception as error:
-        raise UserError(
-            f"{path}: the weights do not fit the encoder that it names ({first_line(error)}); pass "
-            "a checkpoint of this project or of the tutorial"
-        ) from error
+    except Exception as error:  # a number that no network has can raise anything here
+        reason = f"the weights do not fit the encoder that it names ({first_line(error)})"
+        raise UserError(f"{path}: {reason}; pass another file") from error
     if not is_finite(encoder):
-        raise UserError(
-            f"{path}: the weights hold NaN or infinity; train again or pass another file"
-        )
+        raise UserError(f"{path}: the weights are not all finite; pass another file")
     return encoder.eval()
-
-
-def image_shape(checkpoint):
-    """Return (height, width), in pixels, of the images that a checkpoint was trained on.
-
-    None where it does not say: the tutorial's, and some that come with the project.
-    """
-    return tuple(checkpoint["image_shape"]) if "image_shape" in checkpoint else None
-
-
-def load_encoder(path, data):
-    """Return the encoder in `path`, on the CPU, in eval mode.
-
-    data: the TrainingData of this run. Raises UserError where the encoder was trained on other
-    classes, so that it may have seen the ones that are held out here, or on images of another size.
-    """
-    split, shape = data.split, tuple(data.train.images.shape[2:])
-    checkpoint = on_first(lambda: load_checkpoint(path))
-    trained_split = checkpoint["class_split"]
-    if not trained_split and data.train.name == "cifar100":
-        # The tutorial's files name no classes: they are its split, of names in alphabetical order.
-        trained_split = split_classes(sorted(name for part in split.values() for name in part))
-    if trained_split != split:
-        raise UserError(
-            f"{path} was trained on other classes than this run; start from a checkpoint of the "
-            "same data set and the same --split"
-        )
-    if (trained_on := image_shape(checkpoint)) not in (None, shape):
-        raise UserError(
-            f"{path} was trained on images of {size_text(trained_on)} pixels, this run's have "
-            f"{size_text(shape)}; pass --image_size={trained_on[0]}, or start from another file"
-        )
-    print_change(data.train.name, lambda: data.digest, checkpoint, path)
-    return encoder_of(checkpoint, path)
-
-
-def print_change(data_name, digest, checkpoint, path):
-    """Print that a data set has changed since a checkpoint was trained on it, if it has.
-
-    digest: function that returns the digest of the data set as it is now.
-    """
-    if data_name in SOURCES:  # there, the order may differ, not the images
-        return
-    if checkpoint.get("data_digest") not in (None, digest()):
-        print(
-            f"{data_name} has changed since {path} was trained on it: images of the training may "
-            "be among those of the test"
-        )
-
-
-def starting_encoder(cfg, data):
-    """Return the encoder of `cfg.init_from` if that names a file, else a new one.
-
-    A new one has features of `cfg.proto_dim` numbers; it computes in `cfg.precision`. Raises
-    UserError as `load_encoder` does, or where another proto_dim than the file's is asked for.
-    """
-    encoder = load_encoder(cfg.init_from, data) if cfg.init_from else Encoder(cfg.proto_dim)
-    found = encoder.arguments["proto_dim"]
-    if cfg.proto_dim not in (found, 64):  # 64 stands there unasked
-        raise UserError(
-            f"proto_dim is {cfg.proto_dim}, but {cfg.init_from} has features of {found} numbers; "
-            f"pass --proto_dim={found} or start from another file"
-        )
-    encoder.precision = cfg.precision
-    return encoder
 
 
 def is_finite(encoder):
@@ -196,82 +144,32 @@ def is_finite(encoder):
     return torch.stack(finite).all().item()
 
 
-def _check_digest(contents, path):
-    """Take the digest out of `contents`; raise UserError where it is missing or does not fit."""
-    found = contents.get("format") if isinstance(contents, dict) else type(contents).__name__
-    if found != FORMAT:
+def starting_encoder(cfg, data):
+    """Return the encoder of `cfg.init_from` if that names a file, else a new one.
+
+    A new one has features of `cfg.proto_dim` numbers; it computes in `cfg.precision`.
+    """
+    encoder = load_encoder(cfg.init_from, data) if cfg.init_from else Encoder(cfg.proto_dim)
+    encoder.precision = cfg.precision
+    return encoder
+
+
+def load_encoder(path, data):
+    """Return the encoder in `path`, on the CPU, in eval mode.
+
+    data: the TrainingData of this run. Raises UserError where the encoder was trained on other
+    classes, so that it may have seen the ones that are held out here, or on images of another size.
+    """
+    checkpoint = load_checkpoint(path)
+    trained_split, shape = checkpoint["class_split"], list(data.train.images.shape[2:])
+    if not trained_split and data.train.name == "cifar100":
+        # The tutorial's files name no classes: they are its split, of names in alphabetical order.
+        names = sorted(name for part in PARTS for name in data.split[part])
+        trained_split = split_classes(names)
+    if trained_split != data.split:
+        raise UserError(f"{path} was trained on other classes than this run's; pass another file")
+    if (trained_on := checkpoint["image_shape"]) != shape:
         raise UserError(
-            f"{path} is not a checkpoint of this project (found {str(found)[:60]!r}, needed "
-            f"{FORMAT!r}); pass another file"
+            f"{path} was trained on {trained_on} pixels, this run's images have {shape}"
         )
-    digest = contents.pop("digest", None)
-    try:
-        fits = digest == content_digest(contents)
-    except Exception:  # tensors of a kind that no checkpoint holds
-        fits = False
-    if not fits:
-        raise UserError(
-            f"{path} is damaged: its content does not fit its digest; pass another file or train "
-            "again"
-        )
-
-
-def _check_contents(contents, path):
-    """Raise UserError unless `contents` has all that a test reads, each of the right kind."""
-    kinds = {
-        "model": str,
-        "dataset": str,
-        "config": dict,
-        "encoder": dict,
-        "state_dict": dict,
-        "class_split": dict,
-        "epoch": int,
-    }
-    wrong = [name for name, kind in kinds.items() if not isinstance(contents.get(name), kind)]
-    for name in ("mean", "std"):
-        values = contents.get(name)
-        if (
-            not isinstance(values, (tuple, list))
-            or len(values) != 3
-            or not _usable_numbers(*values)
-        ):
-            wrong.append(name)
-    if not wrong and contents["class_split"] and not _is_split(contents["class_split"]):
-        wrong.append("class_split")
-    if not wrong and min(contents["std"]) <= 0:
-        wrong.append("std")
-    if not wrong and contents["model"] in ADAPTING:
-        config = contents["config"]
-        wrong += [
-            name for name in ("lr_inner", "lr_output") if not _usable_numbers(config.get(name))
-        ]
-        for name, allowed in (("output_init", OUTPUT_INITS), ("batchnorm", BATCHNORMS)):
-            if config.get(name, allowed[0]) not in allowed:
-                wrong.append(name)
-    if not wrong and not _is_shape(contents.get("image_shape", [32, 32])):
-        wrong.append("image_shape")
-    if wrong:
-        raise UserError(
-            f"{path} is damaged: its {wrong[0]!r} cannot be used; pass another file or train again"
-        )
-    if contents["model"] not in MODEL_NAMES:
-        raise UserError(
-            f"{path} holds a model {contents['model'][:60]!r}, but one of "
-            f"{', '.join(MODEL_NAMES)} is needed; pass another file"
-        )
-
-
-def _usable_numbers(*values):
-    return all(isinstance(value, (int, float)) and abs(value) < 1e9 for value in values)
-
-
-def _is_shape(shape):
-    return (
-        isinstance(shape, (tuple, list))
-        and len(shape) == 2
-        and all(isinstance(side, int) and side > 0 for side in shape)
-    )
-
-
-def _is_split(split):
-    return all(is_list_of_names(split.get(part)) and split[part] for part in PARTS)
+    return encoder_of(checkpoint, path)

@@ -1,6 +1,5 @@
-"""A script's `Config` dataclass from its defaults, a recipe and `--name=value`."""
+"""A script's `Config` from its defaults, a recipe and `--name=value`; its start and its end."""
 
-import argparse
 import dataclasses
 import difflib
 import inspect
@@ -8,96 +7,146 @@ import io
 import math
 import os
 import re
+import signal
+import sys
+import threading
 import tokenize
 from typing import get_args, get_origin
 
-
-class UserError(Exception):
-    """Something the user can put right. The message is one line: found, needed, what to do."""
-
-    def __init__(self, message):
-        # A library's own words, quoted in the message, may run over several lines.
-        super().__init__(" ".join(line.strip() for line in str(message).splitlines()))
+from common import UserError, first_line
+from common.parallel import is_first, is_first_to_fail, process_count
 
 
-def first_line(error):
-    """Return the first line of an error's message, or its class where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+def run_script(main, config_class, recipes=None, torchrun=True):
+    """Read the command line, call `main(cfg)` and leave with its exit code.
+
+    recipes: {name: {field: value}} for `--recipe=name`. torchrun: whether several processes can
+    share the work. The code is 2 after an error and 128 + the signal's number after Ctrl-C or
+    SIGTERM; either is one line (with `python -X dev` a library's error keeps its traceback). Of
+    several processes the first one prints, and an error is printed by the one that meets it first.
+    """
+    script, stopped = os.path.basename(sys.argv[0]), "stopped; what was saved before is intact"
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # class names may use any alphabet
+        sys.stdout.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGTERM, _raise_stop)
+    try:
+        if process_count() > 1 and not torchrun:
+            raise UserError("several processes cannot share its work; start it without torchrun")
+        cfg = parse_config(config_class, sys.argv[1:], recipes, inspect.getmodule(main).__doc__)
+        if hasattr(cfg, "resume"):
+            stopped += "; add --resume=true to go on after the last whole epoch"
+        for line in changed_values(cfg):
+            print(line, flush=True)
+        code = main(cfg) or 0
+    except KeyboardInterrupt as stop:
+        code = _fail(f"{script}: {stopped}", 128 + (stop.args or (signal.SIGINT,))[0])
+    except (UserError, RuntimeError, ValueError, OverflowError, MemoryError, OSError) as error:
+        message = str(error)
+        if not isinstance(error, UserError):
+            if sys.flags.dev_mode:
+                raise
+            message = f"{type(error).__name__}: {first_line(error)}"
+            message += f"; python -X dev {script} ... shows where"
+        code = _fail(f"{script}: error: {message}", 2)
+    others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+    if code and (process_count() > 1 or any(not thread.daemon for thread in others)):
+        # Python would wait for the threads until they finish, an adaptation of a minute perhaps,
+        # and torch.distributed for processes that have ended.
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
-def parse_config(config_class, argv, script="script", doc="", recipes=None):
+def _raise_stop(number, frame):
+    raise KeyboardInterrupt(number)
+
+
+def _fail(message, code):
+    try:
+        sys.stdout.flush()
+    except OSError:  # its disk is full, or whoever read it has gone: Python would try again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if is_first_to_fail():
+        print(message, file=sys.stderr)
+    return code
+
+
+def parse_config(config_class, argv, recipes=None, doc=""):
     """Return `config_class` with the values of `argv`, else of the recipe, else its defaults.
 
-    argv: `--name=value` each. Field types may be int, float, bool, str, tuple[int, ...],
-    tuple[float, ...] and tuple[str, ...]. Raises UserError for an unknown name, a value of the
-    wrong type or one that the class itself refuses.
+    argv: `--name=value` each; `--help` prints the options and leaves. Field types may be int,
+    float, bool, str, and tuple[...] of these. Raises UserError for an unknown name or recipe, a
+    value of the wrong type, or one that the class itself refuses.
     """
-    parser = _Parser(
-        prog=script,
-        usage=f"python {script} [--name=value ...]",
-        description=doc,
-        allow_abbrev=False,
-        formatter_class=_HelpFormat,
-    )
-    group = parser
-    meanings = field_meanings(config_class)
-    for field in dataclasses.fields(config_class):
-        heading, meaning = meanings[field.name]
-        if getattr(group, "title", None) != heading:
-            group = parser.add_argument_group(heading)
-        group.add_argument(
-            f"--{field.name}",
-            type=_reader(field.type),
-            default=argparse.SUPPRESS,
-            metavar=type_name(field.type),
-            help=f"{meaning} (default {show(field.default)})".replace("%", "%%"),
-        )
-    values, unknown = parser.parse_known_args(argv)
-    if unknown:
-        names = [field.name for field in dataclasses.fields(config_class)]
-        raise UserError(_unknown_option(unknown[0], names))
-    given = vars(values)
-    recipe = given.get("recipe", getattr(config_class, "recipe", None))
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    if {"-h", "--help"} & set(argv):
+        print(help_text(config_class, doc))
+        raise SystemExit(0)
+    given = {}
+    for word in argv:
+        option, equals, text = word.partition("=")
+        name = option.removeprefix("--")
+        if name not in fields or not word.startswith("--"):
+            near = difflib.get_close_matches(name, fields, n=1)
+            hint = f"did you mean --{near[0]}=VALUE?" if near else "--help lists every option"
+            raise UserError(f"unknown option {option}: {hint}")
+        try:
+            if not equals:  # no value; an empty one is written --name=
+                raise ValueError(word)
+            given[name] = read_value(text, fields[name].type)
+        except ValueError:
+            needed = type_name(fields[name].type)
+            raise UserError(f"found {word!r}; write {option}={needed}") from None
+    recipe = given.get("recipe", getattr(config_class, "recipe", ""))
     if recipes and recipe not in recipes:
         raise UserError(f"there is no recipe {recipe!r}; take one of {', '.join(recipes)}")
-    values = {**(recipes or {}).get(recipe, {}), **given}
-    _check_types(config_class, values, script)
-    for field in dataclasses.fields(config_class):
-        if field.type is str:  # a path may stand at the top of a script as it is typed
-            values[field.name] = _read_str(values.get(field.name, field.default))
-    return config_class(**values)
+    return config_class(**{**(recipes or {}).get(recipe, {}), **given})
 
 
-def field_meanings(config_class):
-    """Read {field: (group, meaning)} from the comments in the class's source.
+def read_value(text, kind):
+    """Return a word of the command line as a value of type `kind`. Raises ValueError."""
+    if get_origin(kind) is tuple:
+        words = text.split(",") if text.strip() else ()
+        return tuple(read_value(word.strip(), get_args(kind)[0]) for word in words)
+    if kind is bool:
+        return ("false", "true").index(text.lower()) == 1
+    if kind is str:
+        return os.path.expanduser(text)  # in --name=~/folder the shell leaves the ~ as it is
+    if kind is float and not math.isfinite(float(text)):
+        raise ValueError(text)
+    return kind(text)
 
-    A comment on a line of its own opens a group, and the comment behind a field is its meaning: so
-    the help and the source cannot disagree.
+
+def help_text(config_class, doc):
+    """Return what `--help` prints: the script's docstring and every option.
+
+    The meanings are the comments in the class's source, a comment on a line of its own being a
+    heading: so the help and the source cannot disagree.
     """
-    meanings, group = {}, "options"
-    source = inspect.cleandoc(inspect.getsource(config_class))
+    lines, fields = [doc.strip()], {f.name: f for f in dataclasses.fields(config_class)}
+    source = inspect.cleandoc(inspect.getsource(config_class)).partition("\n    def ")[0]
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        field = re.match(r"\s*(\w+)\s*:", token.line)
         if token.type != tokenize.COMMENT:
             continue
-        text = token.string.lstrip("# ").strip()
-        field = re.match(r"\s*(\w+)\s*:", token.line)
-        if field:
-            meanings[field[1]] = (group, text)
-        else:
-            group = text
-    fields = dataclasses.fields(config_class)
-    return {field.name: meanings.get(field.name, (group, "")) for field in fields}
+        if not field:
+            lines.append(f"\n{token.string.lstrip('# ')}:")
+        elif field[1] in fields:
+            option = f"--{field[1]}={type_name(fields[field[1]].type)}"
+            default = show(fields[field[1]].default)
+            lines.append(f"  {option:32}  {token.string.lstrip('# ')} (default {default})")
+    return "\n".join(lines)
 
 
 def changed_values(cfg):
     """Return one line for each value of `cfg` that is not its default."""
-    changed = []
-    for field in dataclasses.fields(cfg):
-        value = getattr(cfg, field.name)
-        if value != field.default:
-            changed.append(f"config: {field.name} = {show(value)} (default {show(field.default)})")
-    return changed
+    return [
+        f"config: {field.name} = {show(value)} (default {show(field.default)})"
+        for field in dataclasses.fields(cfg)
+        if (value := getattr(cfg, field.name)) != field.default
+    ]
 
 
 def show(value):
@@ -105,147 +154,25 @@ def show(value):
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
-        value = ",".join(str(item) for item in value)
+        value = ",".join(map(str, value))
     return f"{value}" if value != "" else "''"
 
 
 def type_name(kind):
-    """Name a field's type for `--help`: int, float, true|false, text, or a list: int,int,..."""
+    """Name a field's type: int, float, true|false, text, or a list: int,int,..."""
     if get_origin(kind) is tuple:
         item = type_name(get_args(kind)[0])
         return f"{item},{item},..."
     return {bool: "true|false", str: "text"}.get(kind, kind.__name__)
 
 
-def require(cfg, *names, above=-math.inf, least=-math.inf, most=math.inf):
-    """Raise UserError unless above < value, least <= value <= most for each named number.
+def require(cfg, *conditions):
+    """Raise UserError unless all conditions hold for the config's values.
 
-    A named list is checked number by number.
+    A condition is Python: "n_way >= 2". The first option that stands in it is the one to change.
     """
-    for name in names:
-        value = getattr(cfg, name)
-        for number in value if isinstance(value, tuple) else (value,):
-            if not number > above:
-                needed, example = f"a number above {above}", f"X with X > {above}"
-            elif not number >= least:
-                needed, example = f"at least {least}", f"N with N >= {least}"
-            elif not number <= most:
-                needed, example = f"at most {most}", f"X with X <= {most}"
-            else:
-                continue
-            message = f"{name} is {number}, but {needed} is needed: pass --{name}={example}"
-            raise UserError(message)
-
-
-def require_one_of(cfg, name, allowed):
-    """Raise UserError unless the named value, or each in a list, is one of `allowed`."""
-    value = getattr(cfg, name)
-    for word in value if isinstance(value, tuple) else (value,):
-        if word not in allowed:
-            hint = _nearest(word, allowed, f"--{name}=")
-            raise UserError(f"{name} is {word!r}, but one of {', '.join(allowed)} is needed{hint}")
-
-
-def refuse_own_output(cfg, name, model):
-    """Raise UserError where the option `name` is the file that a training run of `model` writes."""
-    path, start = getattr(cfg, name), os.path.join(cfg.checkpoint_dir, cfg.dataset, model)
-    own = [os.path.abspath(f"{start}{end}") for end in (".pt", "_last.pt")]
-    if path and os.path.abspath(path) in own:
-        raise UserError(
-            f"{name} is {path}, which the run would overwrite; move it or pass another "
-            "--checkpoint_dir"
-        )
-
-
-def _check_types(config_class, values, script):
-    """Raise UserError where a default or a recipe was edited and has the wrong type now."""
-    for field in dataclasses.fields(config_class):
-        value = values.get(field.name, field.default)
-        if _is_of(value, field.type):
-            continue
-        if get_origin(field.type) is tuple:
-            item = get_args(field.type)[0]
-            example = f": write ({value!r},)" if _is_of(value, item) else ""
-            needed = f"a tuple of {item.__name__}{example}"
-        else:
-            needed = f"a value of type {field.type.__name__}"
-        raise UserError(f"{field.name} is {value!r} in {script}, which needs {needed}")
-
-
-def _is_of(value, kind):
-    if get_origin(kind) is tuple:
-        item = get_args(kind)[0]
-        return isinstance(value, tuple) and all(_is_of(each, item) for each in value)
-    return type(value) is kind or (kind is float and type(value) is int)
-
-
-class _HelpFormat(argparse.RawDescriptionHelpFormatter):
-    """argparse's format, wide enough for one line per option, with --name=type as it is typed."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=36, width=140)
-
-    def _format_args(self, action, default_metavar):
-        return f"={super()._format_args(action, default_metavar)}"
-
-    def _format_action_invocation(self, action):
-        return super()._format_action_invocation(action).replace(" =", "=")
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse's parser, but an error is raised as UserError instead of printed with the usage."""
-
-    def error(self, message):
-        found = re.match(r"argument --(\w+): (.*)", message)
-        if found:
-            needed = f"a value is needed: --{found[1]}=VALUE"
-            message = f"--{found[1]}: {found[2].replace('expected one argument', needed)}"
-        raise UserError(f"{message}; --help lists every option")
-
-
-def _reader(kind):
-    """Return the function that turns a word of the command line into a value of type `kind`."""
-    if get_origin(kind) is tuple:
-        item = _reader(get_args(kind)[0])
-
-        def read(text):
-            return tuple(item(word.strip()) for word in text.split(",")) if text.strip() else ()
-
-    else:
-        read = {bool: _read_bool, float: _read_float, str: _read_str}.get(kind)
-    if not read:
-        return kind
-    # argparse words its message with the reader's __name__: "invalid float value: 'abc'".
-    read.__name__ = type_name(kind)
-    return read
-
-
-def _read_str(text):
-    # In --name=~/folder the shell leaves the ~ as it is.
-    return os.path.expanduser(text) if text.startswith("~/") else text
-
-
-def _read_bool(text):
-    if text.lower() not in ("true", "false"):
-        raise ValueError(text)
-    return text.lower() == "true"
-
-
-def _read_float(text):
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(text)
-    return value
-
-
-def _unknown_option(word, names):
-    option = word.split("=")[0]
-    if not option.startswith("--"):
-        return f"found {word!r}, but options are written --name=value; --help lists every option"
-    nearest = _nearest(option[2:], names, "--")
-    return f"unknown option {option}{nearest or '; --help lists every option'}"
-
-
-def _nearest(word, names, prefix):
-    near = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6)
-    return f": did you mean {prefix}{near[0]}?" if near else ""
+    for condition in conditions:
+        if not eval(condition, {}, vars(cfg)):
+            name = next(word for word in re.findall(r"\w+", condition) if word in vars(cfg))
+            found = show(getattr(cfg, name))
+            raise UserError(f"{name} is {found}, but {condition} is needed; pass another --{name}")

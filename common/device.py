@@ -7,42 +7,33 @@ import sys
 
 import torch
 
-from common.config import UserError, first_line
+from common import UserError, first_line
 from common.parallel import process_count
 
 
 def pick_device(name):
-    """Return the torch.device called `name` ("auto": CUDA, else Apple's MPS, else the CPU).
+    """Return the torch.device called `name` ("auto": CUDA where it is there, else the CPU).
 
     Each process of torchrun gets a GPU of its own. On CUDA, float32 products may use TF32.
     Raises UserError where the device is not there, or cannot serve several processes.
     """
     if name == "auto":
-        found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-        name = next((name for name, there in found.items() if there), "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
-        raise UserError(
-            f"there is no device {name!r} here; pass --device=auto, --device=cuda (cuda:1 and so "
-            "on), --device=mps or --device=cpu"
-        )
-    if process_count() > 1:
-        if name not in ("cuda", "cpu"):
+        raise UserError(f"there is no device {name!r}; pass auto, cuda, cuda:1, mps or cpu")
+    if process_count() > 1 and name != "cpu":
+        if name != "cuda" or "LOCAL_RANK" not in os.environ:
             raise UserError(
-                f"several processes cannot share device {name!r}; pass --device=cuda (each gets a "
-                "GPU of its own) or --device=cpu"
+                f"several processes cannot share device {name!r}: start them with torchrun and "
+                "--device=cuda (a GPU for each) or --device=cpu"
             )
-        if name == "cuda":
-            if "LOCAL_RANK" not in os.environ:
-                raise UserError("found RANK but no LOCAL_RANK: start with torchrun, or unset RANK")
-            name = f"cuda:{os.environ['LOCAL_RANK']}"
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"device {name!r} cannot be used here ({first_line(error)}); pass --device=auto or "
-            "--device=cpu"
-        ) from error
+        reason = f"device {name!r} cannot be used here ({first_line(error)})"
+        raise UserError(f"{reason}; pass --device=auto or --device=cpu") from error
     if device.type == "cuda":
         # Streams and graphs are made on the current device.
         torch.cuda.set_device(device.index or 0)

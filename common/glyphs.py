@@ -1,15 +1,11 @@
 """Two small image data sets drawn from the fonts that matplotlib installs.
 
-`draw_glyphs` draws 100 characters of several scripts (no digits) as 32 x 32
-colour images: the shape of CIFAR-100, in the spirit of Omniglot. A class is a
-character; its images differ in font face, size, slant, position, colours,
-background, blur and noise. `draw_glyph_digits` draws the digits 0 to 9 with
-parts of their neighbours in view, less contrast and more noise: a second domain
-that relates to the first as the house numbers of SVHN relate to CIFAR-100.
-
-Few-shot methods can be trained and compared on them without a download. Every
-number comes from NumPy's PCG64 generator, seeded by (0, domain, class), so
-a class is the same whatever is drawn beside it.
+`draw_glyphs` draws 100 characters of several scripts (no digits) as 32x32 colour images: the shape
+of CIFAR-100, in the spirit of Omniglot. A class is a character; its images differ in font face,
+size, slant, position, colours, background, blur and noise. `draw_glyph_digits` draws digits with
+parts of their neighbours in view, less contrast and more noise: a second domain, as SVHN is to
+CIFAR-100. Every number comes from NumPy's PCG64 generator, seeded by (0, domain, class), so a class
+is the same whatever is drawn beside it.
 """
 
 import os
@@ -32,28 +28,19 @@ COLOUR_TRIES = 32  # colour pairs to choose from, see _colour_pairs
 CHROMA = 0.5  # share of a random colour's distance from grey that is kept
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # Rec. 601 weights
 
-DEJAVU = [
-    "DejaVu" + face
-    for family, slant in (("Sans", "Oblique"), ("SansMono", "Oblique"), ("Serif", "Italic"))
-    for face in (family, f"{family}-Bold", f"{family}-{slant}", f"{family}-Bold{slant}")
-]
+DEJAVU = []
+for family, slant in (("Sans", "Oblique"), ("SansMono", "Oblique"), ("Serif", "Italic")):
+    DEJAVU += [f"DejaVu{family}{style}" for style in ("", "-Bold", f"-{slant}", f"-Bold{slant}")]
 STIX = ["STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta"]
 # These follow TeX's encoding: outside ASCII they answer with another character.
 COMPUTER_MODERN = ["cmr10", "cmb10", "cmss10", "cmtt10"]
 
 # No two of these are the same shape up to size and the rotations and shears below.
 CHARACTERS = (
-    "ABDEFGHKLMNPQRSTWXYZ"
-    "abdefghjmtæ"  # Latin
-    "ΓΔΘΞΠΣΦΨΩ"
-    "βδελμξσω"  # Greek
-    "БДЖИЦЧШЫЭЮЯЂЉѪӘ"  # Cyrillic
-    "ԲԴԺԽՁՃՔՖ"  # Armenian
-    "ადთმჟრფქ"  # Georgian
-    "אל"  # Hebrew
-    "&@#%?§€£₹"
-    "∞∫√∀≠→↺↯"
-    "☺♫"
+    "ABDEFGHKLMNPQRSTWXYZabdefghjmtæ"  # Latin
+    "ΓΔΘΞΠΣΦΨΩβδελμξσωБДЖИЦЧШЫЭЮЯЂЉѪӘ"  # Greek, Cyrillic
+    "ԲԴԺԽՁՃՔՖადთმჟრფქאל"  # Armenian, Georgian, Hebrew
+    "&@#%?§€£₹∞∫√∀≠→↺↯☺♫"
 )
 DIGITS = "0123456789"
 
@@ -74,28 +61,12 @@ class Look(NamedTuple):
 
 
 GLYPH_LOOK = Look(
-    size=(17, 27),
-    stretch=(0.75, 1.3),
-    rotation=(-25, 25),
-    shear=(-0.3, 0.3),
-    shift=(-3, 3),
-    contrast=(0.4, 1.0),
-    dark_ink=0.9,
-    texture=(0.2, 0.8),
-    blur=(0.0, 0.25),
-    noise=(0.01, 0.07),
+    *((17, 27), (0.75, 1.3), (-25, 25), (-0.3, 0.3), (-3, 3), (0.4, 1.0), 0.9, (0.2, 0.8)),
+    *((0.0, 0.25), (0.01, 0.07)),
 )
 DIGIT_LOOK = Look(
-    size=(18, 27),
-    stretch=(0.8, 1.3),
-    rotation=(-12, 12),
-    shear=(-0.25, 0.25),
-    shift=(-2, 2),
-    contrast=(0.2, 0.5),
-    dark_ink=0.5,
-    texture=(0.2, 0.8),
-    blur=(0.1, 0.33),
-    noise=(0.03, 0.08),
+    *((18, 27), (0.8, 1.3), (-12, 12), (-0.25, 0.25), (-2, 2), (0.2, 0.5), 0.5, (0.2, 0.8)),
+    *((0.1, 0.33), (0.03, 0.08)),
 )
 NEIGHBOUR = 0.85  # probability of a further digit, on either side
 GAP = (2, 7)  # space between digits, in mask pixels
@@ -104,11 +75,9 @@ GAP = (2, 7)  # space between digits, in mask pixels
 def draw_glyphs(images_per_class=600):
     """Draw the 100 character classes.
 
-    Returns (images, labels, class_names): images uint8 [100 * images_per_class, 32, 32, 3];
-    labels int64 [100 * images_per_class], 0 to 99 in ascending order; class_names a list of
-    100 ASCII names such as "greek_small_xi". Images of a class are independent draws, in no
-    order. Raises RuntimeError if the installed fonts hold a character in fewer than MIN_FACES
-    faces.
+    Returns (images uint8 [100 * images_per_class, 32, 32, 3], labels int64 in ascending order, 100
+    ASCII class names such as "greek_small_xi"). Images of a class are independent draws. Raises
+    RuntimeError if the installed fonts hold a character in fewer than MIN_FACES faces.
     """
     fonts = _open_fonts()
 
@@ -125,9 +94,7 @@ def draw_glyphs(images_per_class=600):
 def draw_glyph_digits(images_per_class=500):
     """Draw the 10 digit classes; the label is the digit in the centre.
 
-    Returns (images, labels, class_names) as draw_glyphs does, with 10 classes named
-    "0" to "9": images uint8 [10 * images_per_class, 32, 32, 3], labels int64. Raises the
-    same error.
+    Returns and raises what `draw_glyphs` does, with 10 classes named "0" to "9".
     """
     fonts = _open_fonts()
     by_digit = [_face_masks(digit, fonts) for digit in DIGITS]
@@ -201,14 +168,12 @@ def _rasterise(character, font):
 
 
 def _sample_points(rng, count, look):
-    """Where in a mask each image pixel lies: x and y, float32 [count, 32, 32].
-
-    The inverse of: scale, then shear, then rotate, then shift the character.
-    """
+    """Where in a mask each image pixel lies: x and y, float32 [count, 32, 32]."""
 
     def draw(limits):
         return rng.uniform(*limits, (count, 1, 1))
 
+    # The inverse of: scale, then shear, then rotate, then shift the character.
     scale = draw(look.size) / GLYPH
     root = np.exp(draw(np.log(look.stretch)) / 2)
     angle, shear = np.radians(draw(look.rotation)), draw(look.shear)
@@ -250,12 +215,10 @@ def _paint(rng, coverage, look):
 
 
 def _colour_pairs(rng, count, look):
-    """Background and ink, float32 [count, 3] in [0, 1], and their luma gap [count].
-
-    Candidate pairs are uniform in RGB, then drawn towards grey by 1 - CHROMA. The first of
-    COLOUR_TRIES pairs whose lumas (Rec. 601) differ by an amount within look.contrast is
-    taken, or the one nearest to it if none does; look.dark_ink then decides the roles.
-    """
+    """Background and ink, float32 [count, 3] in [0, 1], and their luma gap [count]."""
+    # Candidate pairs are uniform in RGB, then drawn towards grey by 1 - CHROMA. The first of
+    # COLOUR_TRIES pairs whose lumas (Rec. 601) differ by an amount within look.contrast is taken,
+    # or the one nearest to it if none does; look.dark_ink then decides the roles.
     pairs = rng.random((count, COLOUR_TRIES, 2, 3), dtype=np.float32)
     luma = (pairs * LUMA).sum(axis=-1)
     gap = np.abs(luma[..., 0] - luma[..., 1])
@@ -269,10 +232,8 @@ def _colour_pairs(rng, count, look):
 
 
 def _backdrop(rng, count):
-    """Plain (0), gradient or smooth noise, roughly in [-1, 1]: float32 [count, 32, 32, 3].
-
-    All three are grids of control points of a cubic B-spline, which keeps a linear ramp.
-    """
+    """Plain (0), gradient or smooth noise, roughly in [-1, 1]: float32 [count, 32, 32, 3]."""
+    # All three are grids of control points of a cubic B-spline, which keeps a linear ramp.
     ramp = np.linspace(-1, 1, KNOTS)[:, None]
     slope = rng.uniform(-1, 1, (2, count, 1, 1, 3))
     gradient = slope[0] * ramp[:, None] + slope[1] * ramp

@@ -1,21 +1,92 @@
-"""A user's photographs: which there are, and their pixels in one size."""
+"""People's photographs: folders of classes, images of any size, their pixels in one size."""
 
 import contextlib
 import hashlib
-import sys
+import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from common.config import UserError
-from common.parallel import is_first
+from common import UserError, first_line
+from common.files import atomic_file
+from common.splits import PARTS, split_of
 
-IMAGE_SUFFIXES = IMG_EXTENSIONS  # in lower case
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+
+def read_folder(folder, size, file=None, kept=None):
+    """Return the arrays of a data set (see data.py) made of folders of images.
+
+    They are <folder>/<class>/, or <folder>/<part>/<class>/ with the parts train, val and test. The
+    images are those that `read_image` gives. The arrays are kept in `file`, if one is named;
+    `kept`, what that held before, is returned where nothing changed since. Says what is not used
+    and which images are there twice. Raises UserError for less than two classes, one without
+    images, and an image that cannot be read.
+    """
+    class_folders, files = _classes_of(folder)
+    class_names, parts = [shown(path.name) for path in class_folders], None
+    if class_folders[0].parent != folder:
+        parts = [path.parent.name for path in class_folders]
+        split_of(parts, class_names, folder)  # it is refused before the images are read, not after
+    paths = [path for own in files for path in own]
+    state = _state_of(folder, paths, size)
+    if kept and kept["folder_state"] == state:
+        print_copies(kept["images"], paths)
+        return kept
+    if kept:
+        print(f"{folder}, or --image_size, changed since {file} was made; reading the images again")
+    print_unused({folder, *class_folders, *(path.parent for path in class_folders)}, paths)
+    images = read_images(paths, size, str(folder))
+    labels = np.repeat(np.arange(len(files), dtype=np.int64), list(map(len, files)))
+    print_copies(images, paths)
+    print(f"{folder}: {len(paths):,} images in {len(files)} classes, brought to {size}x{size}")
+    arrays = {"images": images, "labels": labels, "class_names": class_names, "folder_state": state}
+    arrays |= {"split": parts} if parts else {}
+    arrays = {name: np.asarray(array) for name, array in arrays.items()}
+    try:
+        if file:
+            with atomic_file(file) as temporary:
+                np.savez(temporary, **arrays)
+    except UserError as error:
+        print(f"{folder} will be read again at the next start: {error}")
+    return arrays
+
+
+def _classes_of(folder):
+    """Return the folders of the classes, of two or more, and the paths of the images in each."""
+    found = _folders_in(folder)
+    if {path.name for path in found} == set(PARTS):
+        found = [path for part in PARTS for path in _folders_in(folder / part)]
+    files = [list_images(path) for path in found]
+    if len(found) < 2 or not all(files):
+        empty = [f"{path} holds no image" for path, own in zip(found, files) if not own]
+        raise UserError(
+            f"{empty[0] if empty else f'{folder} has {len(found)} classes'}, but at least 2 classes"
+            f" are needed, {folder}/<class>/ with images ({', '.join(IMAGE_SUFFIXES)}), or, for a "
+            "split, train/<class>/, val/<class>/ and test/<class>/; add images or remove the folder"
+        )
+    return found, files
+
+
+def _folders_in(folder):
+    return [path for path in list_folder(folder) if path.is_dir()]
+
+
+def _state_of(folder, paths, size):
+    """Return a digest of `size` and of the files as stat() sees them: an edit changes a time."""
+    digest = hashlib.sha256(str(size).encode())
+    for path in paths:
+        try:
+            stat = path.stat()
+        except OSError as error:
+            reason = f"{path} cannot be read: {error.strerror}"
+            raise UserError(f"{reason}; replace or remove it") from error
+        digest.update(os.fsencode(path.relative_to(folder)))
+        digest.update(f"\0{stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 def list_folder(folder):
@@ -36,12 +107,12 @@ def list_images(folder):
     return [path for path in list_folder(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
-def print_unused(folder, paths):
-    """Print what of a folder's paths is not used, if any."""
-    if paths:
-        names = ", ".join(shown(path.relative_to(folder)) for path in paths[:5])
+def print_unused(folders, used):
+    """Print which paths in the folders are neither used nor folders of these, if any."""
+    paths = {path for folder in folders for path in list_folder(folder)}
+    if paths := sorted(paths - {*folders, *used}):
         more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
-        print(f"not used in {folder}: {names}{more}")
+        print(f"not used: {', '.join(map(shown, paths[:5]))}{more}")
 
 
 def print_copies(images, paths):
@@ -55,11 +126,6 @@ def print_copies(images, paths):
             f"{len(copies)} of {len(images)} images are copies of others, {shown(copies[0][0])} of "
             f"{shown(copies[0][1])} for example: accuracy will be too high; remove them"
         )
-
-
-def size_text(shape):
-    """Return a size (height, width) as it is usually written, width first."""
-    return f"{shape[1]}x{shape[0]}"
 
 
 def shown(name):
@@ -100,8 +166,8 @@ def read_images(paths, size, title, errors=None):
     images, count = np.empty((len(paths), size, size, 3), dtype=np.uint8), 0
     with warnings.catch_warnings(), ThreadPoolExecutor() as threads:
         warnings.simplefilter("ignore")  # of large images and odd EXIF data: they are read
-        options = {"leave": False, "dynamic_ncols": True, "disable": not is_first()}
-        found = tqdm(threads.map(attempt, paths), title, len(paths), **options)
+        found = threads.map(attempt, paths)
+        found = tqdm(found, title, len(paths), leave=False, dynamic_ncols=True)
         for image, path in zip(found, paths):
             if isinstance(image, UserError):
                 errors[path] = image
@@ -111,50 +177,6 @@ def read_images(paths, size, title, errors=None):
     return images[:count]
 
 
-def read_labelled(class_files, files, size):
-    """Read support images and the images to classify; say what was read and what cannot be used.
-
-    class_files: {class name: paths of its images}; files: paths of the images to classify.
-    Returns (images uint8 [S + N, 3, size, size], the support set class by class and then the images
-    to classify; labels int64 [S]; class names; N paths of images to classify; the number of images
-    that cannot be read). Raises UserError where fewer than two classes or no image is left.
-    """
-    paths = [path for own in class_files.values() for path in own]
-    errors = {}
-    images = read_images([*paths, *files], size, "images", errors)
-    for error in errors.values():
-        print(f"skipped: {shown(error)}", file=sys.stderr)
-    shots = {name: sum(path not in errors for path in own) for name, own in class_files.items()}
-    for name in [name for name, count in shots.items() if not count]:
-        print(f"class {name} has no image that can be read: it is left out")
-        del shots[name]
-    if len(shots) < 2:
-        found = f"images of {len(shots)} class" + ("es" if not shots else "")
-        raise UserError(
-            f"found {found}, but 2 are needed at least; put the images of each class into a folder "
-            "of its own, --support=FOLDER with FOLDER/<class>/"
-        )
-    left = [path for path in files if path not in errors]
-    if not left:
-        raise UserError(f"none of the {len(files)} images to classify can be read; replace them")
-    counts = torch.tensor(list(shots.values()))
-    fewest, most = counts.min(), counts.max()
-    print(
-        f"support images: {counts.sum()} of {len(counts)} classes, "
-        f"{fewest if fewest == most else f'{fewest} to {most}'} of each; images to classify: "
-        f"{len(left)}; all brought to {size}x{size} pixels"
-    )
-    print_copies(images[: counts.sum()], [path for path in paths if path not in errors])
-    labels = torch.arange(len(counts)).repeat_interleave(counts)
-    return torch.from_numpy(images).permute(0, 3, 1, 2), labels, list(shots), left, len(errors)
-
-
-def original_size(path):
-    """Return (width, height) of an image file in pixels. Raises UserError as `read_image` does."""
-    with _opened(path) as image:
-        return image.size
-
-
 @contextlib.contextmanager
 def _opened(path):
     """Open an image; whatever goes wrong with it is one line that names the file."""
@@ -162,7 +184,7 @@ def _opened(path):
         with Image.open(path) as image:
             yield image
     except Exception as error:  # the decoders raise nearly anything
-        reason = f"{path} cannot be read as an image: {str(error) or type(error).__name__}"
+        reason = f"{path} cannot be read as an image: {first_line(error)}"
         raise UserError(f"{reason}; replace or remove it") from error
 
 

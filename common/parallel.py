@@ -1,64 +1,60 @@
 """Independent tasks side by side: threads on the CPU, streams on a GPU, torchrun's processes.
 
-The processes of torchrun all run the same script and draw the same random numbers; each computes
-its share of the tasks, and sums over all tasks are exchanged. The first process alone reads and
-writes files. Without torchrun there is one process, whose share is everything.
+torchrun's processes run the same script and draw the same random numbers; each computes its slice
+of the tasks, and sums over all tasks are exchanged. The first one alone reads and writes files.
 """
 
 import atexit
 import itertools
 import os
-import re
 from concurrent.futures import ThreadPoolExecutor
-from copy import deepcopy
 from datetime import timedelta
+from functools import partial
 from queue import SimpleQueue
 
 import torch
 from torch import distributed
 
-from common.config import UserError, first_line
+from common import UserError, first_line
 
-STREAMS = 4  # tasks that run side by side on a GPU
+STREAMS = 8  # tasks side by side on a GPU: docs/benchmarks.md has the times of 1 to 16
 
 
 class Workers:
-    """Workers for independent tasks, each with a deep copy of `module` of its own.
+    """Workers for independent tasks, each with a workspace of its own: copies of an encoder, say.
 
-    device: where the tasks compute; tasks: how many of them there are at a time. On the CPU the
-    workers are threads that share its cores: a network that sees twenty images does not scale past
-    one core, so each core gets a task of its own. copies: one deep copy per worker, made once.
+    device: where the tasks compute; tasks: how many of them there are at a time; make_workspace:
+    called once per worker. On the CPU the workers are threads that share its cores: a network that
+    sees twenty images does not scale past one core, so each core gets a task of its own.
     """
 
-    def __init__(self, device, tasks, module):
-        count = max(1, min(tasks, tasks_at_a_time(device)))
-        self.copies = [deepcopy(module) for _ in range(count)]
-        self.streams = self.threads = None
-        if device.type == "cuda":
-            self.streams = [torch.cuda.Stream(device) for _ in range(count)]
-        elif count > 1:
-            threads = torch.get_num_threads() // count
-            self.threads = ThreadPoolExecutor(
-                count, initializer=torch.set_num_threads, initargs=(threads,)
-            )
-            self.free_copies = SimpleQueue()
-            for copy in self.copies:
-                self.free_copies.put(copy)
+    def __init__(self, device, tasks, make_workspace):
+        at_a_time = {"cpu": torch.get_num_threads(), "cuda": STREAMS}.get(device.type, 1)
+        count = max(1, min(tasks, at_a_time))
+        self.workspaces = [make_workspace() for _ in range(count)]
+        self.streams = [torch.cuda.Stream(device) for _ in range(count) if device.type == "cuda"]
+        self.threads = None
+        if device.type == "cpu" and count > 1:
+            share = torch.get_num_threads() // count
+            self.threads = ThreadPoolExecutor(count, "worker", torch.set_num_threads, (share,))
+            self.free = SimpleQueue()
+            for workspace in self.workspaces:
+                self.free.put(workspace)
 
     def map(self, function, items):
-        """Yield function(item, copy) for all items, in their order; a copy has one at a time."""
+        """Yield function(item, workspace) for all items, in order; none shares one at once."""
         if self.threads:
-            return self.threads.map(lambda item: self._in_thread(function, item), items)
+            return self.threads.map(partial(self._in_thread, function), items)
         if self.streams:
             return self._on_streams(function, items)
-        return (function(item, self.copies[0]) for item in items)
+        return (function(item, self.workspaces[0]) for item in items)
 
     def _in_thread(self, function, item):
-        copy = self.free_copies.get()
+        workspace = self.free.get()
         try:
-            return function(item, copy)
+            return function(item, workspace)
         finally:
-            self.free_copies.put(copy)
+            self.free.put(workspace)
 
     def _on_streams(self, function, items):
         # As many items as there are streams, then their results: a long test shows how far it is.
@@ -67,18 +63,13 @@ class Workers:
         current, items = torch.cuda.current_stream(), iter(items)
         while group := list(itertools.islice(items, len(self.streams))):
             results = []
-            for item, stream, copy in zip(group, self.streams, self.copies):
+            for item, stream, workspace in zip(group, self.streams, self.workspaces):
                 stream.wait_stream(current)
                 with torch.cuda.stream(stream):
-                    results.append(function(item, copy))
+                    results.append(function(item, workspace))
             for stream in self.streams[: len(group)]:
                 current.wait_stream(stream)
             yield from results
-
-
-def tasks_at_a_time(device):
-    """Return how many tasks run side by side on a device: in threads on the CPU, in streams."""
-    return {"cpu": torch.get_num_threads(), "cuda": STREAMS}.get(device.type, 1)
 
 
 def process_count():
@@ -86,72 +77,50 @@ def process_count():
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
-def process_rank():
-    """Return the number of this process, from 0."""
-    return int(os.environ["RANK"]) if process_count() > 1 else 0
-
-
 def is_first():
     """Return whether this is the process that reads, writes and prints."""
-    return process_rank() == 0
+    return my_slice().start == 0
 
 
 def equal_share(cfg, name):
-    """Return the named number of the config, divided by the number of processes.
-
-    Raises UserError where there is a remainder.
-    """
-    value, count = getattr(cfg, name), process_count()
-    if value % count:
-        raise UserError(
-            f"{name} is {value}, which {count} processes cannot share equally; pass "
-            f"--{name}={-(-value // count) * count} or start another number of processes"
-        )
-    return value // count
+    """Return the named number over that of processes; raise UserError if there is a remainder."""
+    share, rest = divmod(getattr(cfg, name), process_count())
+    if rest:
+        raise UserError(f"{process_count()} processes cannot share --{name} equally; change either")
+    return share
 
 
-def share():
-    """Return the slice of tasks that this process computes: `tasks[share()]`."""
-    return slice(process_rank(), None, process_count())
+def my_slice():
+    """Return the slice of tasks that this process computes: `tasks[my_slice()]`."""
+    count = process_count()
+    return slice(int(os.environ["RANK"]) if count > 1 else 0, None, count)
 
 
-def gather(values, count):
-    """Return in every process all results [count, ...], of which `values` are this one's share."""
+def all_gather(values, count):
+    """Pass this process's results, those of my_slice(); get all [count, ...] of them."""
     if process_count() == 1:
         return values
     results = values.new_zeros(count, *values.shape[1:])
-    results[share()] = values
+    results[my_slice()] = values
     all_reduce(sums=[results])
     return results
 
 
 @torch.no_grad()
 def all_reduce(sums=(), means=()):
-    """Replace each tensor, in place, by its sum or its mean over the processes, in one message."""
+    """Replace float tensors, in place, by their sums or means over the processes: one message."""
     if process_count() == 1:
         return
     tensors = [*sums, *means]
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     _communicate(distributed.all_reduce, flat)
     flat[sum(tensor.numel() for tensor in sums) :] /= process_count()
-    for tensor, result in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-        tensor.copy_(result.view(tensor.shape))
-
-
-def agree(*numbers):
-    """Return the largest value of each number in any process, so that all go on alike."""
-    if process_count() == 1:
-        return numbers
-    largest = torch.tensor([int(number) for number in numbers])
-    _communicate(distributed.all_reduce, largest, distributed.ReduceOp.MAX)
-    return largest.tolist()
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors)])
 
 
 def on_first(function):
-    """Call function() in the first process; return its result, or raise its UserError, in all.
-
-    The result is sent, so that the other processes need no file.
-    """
+    """Call function() in the first process; return its result, or raise its UserError, in all."""
     if process_count() == 1:
         return function()
     outcome = [None, None]
@@ -167,10 +136,7 @@ def on_first(function):
 
 
 def is_first_to_fail():
-    """Return whether no other process has asked this before: of several errors one is printed.
-
-    The error that counts is the first; the others follow from it, or are the same.
-    """
+    """Return True in the first process that calls this: errors of the others follow from its."""
     if process_count() == 1:
         return True
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
@@ -186,17 +152,14 @@ def _communicate(operation, *arguments):
     """Call an operation of torch.distributed, which the first call sets up."""
     try:
         if not distributed.is_initialized():
-            # Small numbers travel from CPU to CPU, so that a GPU need not be waited for.
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            # A process may wait hours for another one's adaptation, or for a download. That one
-            # has died is noticed without a timeout, by its closed connection.
+            # A process may wait hours for another one's adaptation, or for a download. A dead
+            # process is noticed without a timeout, by its closed connection.
             distributed.init_process_group(backend, timeout=timedelta(days=30))
             atexit.register(distributed.destroy_process_group)
         operation(*arguments)
     except RuntimeError as error:
-        # "[a file of the library: line] Connection closed by peer [127.0.0.1]:2460. This is ..."
-        reason = re.sub(r"^\[.*?\] ", "", first_line(error)).split(". ")[0]
         raise UserError(
-            f"another process ended early or cannot be reached ({reason[:160]}); see what it says, "
-            "then start again: what was saved is intact, and a trainer goes on with --resume=true"
+            f"another process ended early or cannot be reached ({first_line(error)[:160]}); see "
+            "what it says, then start again: what was saved is intact"
         ) from error

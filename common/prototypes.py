@@ -1,9 +1,12 @@
-"""Prototypes, distance logits, the linear head equal to them, the loss of an episode."""
+"""Labels and prototypes of an episode, distance logits, the output layer equal to prototypes."""
 
 import torch
 import torch.nn.functional as F
 
-from common.samplers import episode_labels
+
+def episode_labels(n_way, per_class, device=None):
+    """Return the labels within an episode, int64 [n_way * per_class]: 0, ..., 0, 1, ..., 1, ..."""
+    return torch.arange(n_way, device=device).repeat_interleave(per_class)
 
 
 def make_prototypes(support, n_way):
@@ -25,7 +28,7 @@ def distance_logits(features, prototypes):
 
 
 def prototype_head(prototypes):
-    """Return weight [N, D] and bias [N] of the linear layer equal to prototypes [N, D].
+    """Return weight [N, D] and bias [N] of the output layer equal to prototypes [N, D].
 
     -|f - v|^2 = 2 v.f - |v|^2 - |f|^2, and |f|^2 is the same for all classes, so that a softmax
     ignores it. Triantafillou et al. 2020, "Meta-Dataset", section 3.
@@ -33,25 +36,19 @@ def prototype_head(prototypes):
     return 2 * prototypes, -prototypes.square().sum(dim=1)
 
 
-def episode_loss(features, n_way, k_shot):
-    """Return the loss and the accuracy of an episode's queries by nearest prototype.
-
-    features [n_way * (k_shot + Q), D]: the support set, class by class, then the queries likewise.
-    """
-    support, query = features[: n_way * k_shot], features[n_way * k_shot :]  # [N*K, D], [N*Q, D]
-    labels = episode_labels(n_way, len(query) // n_way, features.device)  # [N*Q]
-    logits = distance_logits(query, make_prototypes(support, n_way))  # [N*Q, N]
-    return F.cross_entropy(logits, labels), accuracy(logits, labels)
-
-
 @torch.no_grad()
-def mean_episode_loss(features, episodes, n_way, k_shot):
-    """Return (loss, accuracy), means over episodes.
+def mean_loss(features, episodes, n_way, k_shot):
+    """Return (loss, accuracy) of the queries by nearest prototype, means over episodes.
 
     features [num_images, D]; episodes int64 [E, n_way * (k_shot + Q)], indices into them.
     """
-    results = [episode_loss(episode, n_way, k_shot) for episode in features[episodes]]
-    losses, accuracies = zip(*results)
+    num_support, num_query = n_way * k_shot, episodes.shape[1] - n_way * k_shot
+    labels = episode_labels(n_way, num_query // n_way, features.device)  # [N*Q]
+    losses, accuracies = [], []
+    for support, query in (features[e].split([num_support, num_query]) for e in episodes):
+        logits = distance_logits(query, make_prototypes(support, n_way))  # [N*Q, N]
+        losses.append(F.cross_entropy(logits, labels))
+        accuracies.append(accuracy(logits, labels))
     return torch.stack(losses).mean().item(), torch.stack(accuracies).mean().item()
 
 

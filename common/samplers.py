@@ -2,13 +2,13 @@
 
 An episode takes N classes (the way), K support images of each (the shot) and Q query images of
 each. Its indices stand in an order that the whole project relies on: first the support set, class
-by class, then the query set, class by class. So the labels within an episode are always the same:
-see `episode_labels`.
+by class, then the query set, class by class. So its labels are always the same: see
+`episode_labels` in prototypes.py.
 """
 
 import torch
 
-from common.config import UserError
+from common import UserError
 
 
 class FewShotBatchSampler:
@@ -27,8 +27,7 @@ class FewShotBatchSampler:
     class_names: names for the error message, in the order of the sorted labels.
     seed: seed of the sampler's own `generator`; no other random number generator is read or moved.
 
-    Raises UserError where there are fewer classes than N_way, or where a class has too few images
-    for one episode.
+    Raises UserError for fewer classes than N_way, or a class with too few images for one episode.
     """
 
     def __init__(
@@ -51,11 +50,23 @@ class FewShotBatchSampler:
         self.generator = torch.Generator().manual_seed(seed)
 
         targets = torch.as_tensor(dataset_targets).cpu()
-        classes, counts = torch.unique(targets, return_counts=True)  # [C], [C]
-        self._check(classes.tolist(), counts.tolist(), class_names)
-        self.images_of_class = list(torch.argsort(targets, stable=True).split(counts.tolist()))
-        self.chunks_of_class = [count // self.images_per_class for count in counts.tolist()]
-        self.num_episodes = _most_episodes(self.chunks_of_class, N_way)
+        classes, counts = (each.tolist() for each in torch.unique(targets, return_counts=True))
+        if N_way > len(classes):
+            raise UserError(
+                f"{N_way}-way episodes need {N_way} classes, found {len(classes)} (without those "
+                "held out); pass a smaller --n_way, or add classes"
+            )
+        for name, count in zip(class_names or classes, counts):
+            if count < self.images_per_class:
+                raise UserError(
+                    f"class {name!r} has {count} images, but an episode needs "
+                    f"{self.images_per_class} of each class ({K_shot} support + {self.num_query} "
+                    "query); pass a smaller --k_shot or --n_query, or add images"
+                )
+        self.images_of_class = torch.argsort(targets, stable=True).split(counts)
+        chunks = [count // self.images_per_class for count in counts]
+        self.chunks_of_class = _chunks_to_deal(chunks, N_way)
+        self.num_episodes = sum(self.chunks_of_class) // N_way
         self.fixed_episodes = None if shuffle else self._draw(in_order=not shuffle_once)
 
     def episodes(self):
@@ -69,29 +80,13 @@ class FewShotBatchSampler:
     def __len__(self):
         return self.num_episodes
 
-    def _check(self, classes, counts, class_names):
-        if self.N_way > len(classes):
-            raise UserError(
-                f"{self.N_way}-way episodes need {self.N_way} classes, found {len(classes)} "
-                "(classes that are held out do not count); pass a smaller --n_way, or add classes"
-            )
-        for position, count in enumerate(counts):
-            if count < self.images_per_class:
-                name = class_names[position] if class_names else classes[position]
-                raise UserError(
-                    f"class {name!r} has {count} images, but an episode needs "
-                    f"{self.images_per_class} of each class ({self.K_shot} support + "
-                    f"{self.num_query} query); pass a smaller --k_shot or --n_query, or add images"
-                )
-
     def _draw(self, in_order=False):
         """Cut every class into chunks of one episode's size and deal the chunks out to episodes."""
         size = self.images_per_class
         classes = torch.tensor(list(self._deal_classes(in_order))).flatten()  # [episodes * N]
         dealt = torch.empty(len(classes), size, dtype=torch.int64)
         for c, images in enumerate(self.images_of_class):
-            count = len(images)
-            order = torch.arange(count) if in_order else self._shuffled(count)
+            order = torch.arange(len(images)) if in_order else self._shuffled(len(images))
             places = torch.nonzero(classes == c)[:, 0]
             dealt[places] = images[order[: len(places) * size]].view(-1, size)
         dealt = dealt.view(self.num_episodes, self.N_way, size)
@@ -105,7 +100,7 @@ class FewShotBatchSampler:
         class with as many chunks left as there are episodes left must be in all of these, else the
         last episodes would lack classes.
         """
-        left = _trim(self.chunks_of_class, self.num_episodes, self.N_way)
+        left = list(self.chunks_of_class)
         queue = [c for turn in range(max(left)) for c in range(len(left)) if turn < left[c]]
         if not in_order:
             queue = [queue[position] for position in self._shuffled(len(queue)).tolist()]
@@ -127,83 +122,25 @@ class FewShotBatchSampler:
         return torch.randperm(count, generator=self.generator)
 
 
-class TaskBatchSampler:
-    """Batches of `batch_size` episodes (tasks), one for each step of the optimizer.
-
-    Usable as the batch_sampler of a DataLoader. Takes what FewShotBatchSampler takes and raises
-    what it raises. Episodes that do not fill a last batch are dropped.
-    """
-
-    def __init__(self, dataset_targets, batch_size, N_way, K_shot, **options):
-        self.batch_sampler = FewShotBatchSampler(dataset_targets, N_way, K_shot, **options)
-        self.task_batch_size = batch_size
-        if not len(self):
-            raise UserError(
-                f"a batch needs {batch_size} episodes, but the data gives "
-                f"{len(self.batch_sampler)} per epoch; pass fewer --tasks_per_step or "
-                "--episodes_per_step, or add images"
-            )
-
-    @property
-    def generator(self):
-        """The random number generator of the episodes."""
-        return self.batch_sampler.generator
-
-    def episodes(self):
-        """Return the tasks of an epoch, int64 [batches, batch_size, N * (K_shot + num_query)]."""
-        episodes = self.batch_sampler.episodes()
-        return episodes[: len(self) * self.task_batch_size].view(
-            len(self), self.task_batch_size, -1
-        )
-
-    def __iter__(self):
-        for batch in self.episodes():
-            yield batch.flatten().tolist()
-
-    def __len__(self):
-        return len(self.batch_sampler) // self.task_batch_size
-
-
 def validation_episodes(image_set, n_way, k_shot, num_query):
     """Return episodes on an ImageSet, int64 [E, n_way * (k_shot + num_query)].
 
     They are the same in every run, whatever its seed: numbers of two runs can be compared.
     """
-    sampler = FewShotBatchSampler(
-        image_set.labels,
-        n_way,
-        k_shot,
-        include_query=True,
-        shuffle=False,
-        shuffle_once=True,
-        num_query=num_query,
-        class_names=image_set.class_names,
-        seed=0,
-    )
-    return sampler.episodes()
+    once = {"include_query": True, "shuffle": False, "shuffle_once": True, "seed": 0}
+    options = {"num_query": num_query, "class_names": image_set.class_names}
+    return FewShotBatchSampler(image_set.labels, n_way, k_shot, **options, **once).episodes()
 
 
-def episode_labels(n_way, per_class, device=None):
-    """Return the labels within an episode, int64 [n_way * per_class]: 0, ..., 0, 1, ..., 1, ..."""
-    return torch.arange(n_way, device=device).repeat_interleave(per_class)
+def _chunks_to_deal(chunks_of_class, n_way):
+    """Return how many chunks of each class make up as many episodes as possible, E * n_way in all.
 
-
-def _most_episodes(chunks_of_class, n_way):
-    """Return the largest E for which E episodes of n_way distinct classes can be formed.
-
-    A class serves at most once per episode, so E episodes need sum(min(chunks, E)) >= E * n_way,
-    which is also enough.
+    A class serves at most once per episode, so E episodes of n_way distinct classes need
+    sum(min(chunks, E)) >= E * n_way, which is also enough.
     """
     episodes = sum(chunks_of_class) // n_way
-    while sum(min(chunks, episodes) for chunks in chunks_of_class) < episodes * n_way:
+    while sum(dealt := [min(chunks, episodes) for chunks in chunks_of_class]) < episodes * n_way:
         episodes -= 1
-    return episodes
-
-
-def _trim(chunks_of_class, episodes, n_way):
-    """Return how many chunks of each class to deal: at most `episodes`, episodes * n_way in all."""
-    dealt = [min(chunks, episodes) for chunks in chunks_of_class]
     for _ in range(sum(dealt) - episodes * n_way):
-        last_of_the_largest = max(range(len(dealt)), key=lambda c: (dealt[c], c))
-        dealt[last_of_the_largest] -= 1
+        dealt[max(range(len(dealt)), key=lambda c: (dealt[c], c))] -= 1  # the last of the largest
     return dealt

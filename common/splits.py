@@ -4,34 +4,28 @@ import json
 
 import torch
 
-from common.config import UserError
+from common import UserError
 
 PARTS = ("train", "val", "test")
-PAPERS = ("cifar_fs", "fc100")
+# Validation and test classes of the papers' splits of CIFAR-100; all others are training classes.
+_HELD_OUT = {
+    # Bertinetto et al. 2018, "Meta-learning with differentiable closed-form solvers".
+    "cifar_fs": (
+        "beaver beetle butterfly camel cattle crab crocodile flatfish lamp maple_tree motorcycle "
+        "otter sea shark television tractor",
+        "baby bed bicycle chimpanzee fox leopard man pickup_truck plain poppy rocket rose snail "
+        "sweet_pepper table telephone wardrobe whale woman worm",
+    ),
+    # Oreshkin et al. 2018, "TADAM": whole superclasses.
+    "fc100": (
+        "bear camel cattle chimpanzee crab elephant hamster kangaroo leopard lion lobster mouse "
+        "rabbit shrew snail spider squirrel tiger wolf worm",
+        "baby beaver bee beetle boy butterfly caterpillar cockroach dolphin fox girl man otter "
+        "porcupine possum raccoon seal skunk whale woman",
+    ),
+}
+PAPERS = tuple(_HELD_OUT)
 NAMES = ("auto", "tutorial", *PAPERS)
-# Validation and test classes of splits of CIFAR-100; all others are training classes.
-# Bertinetto et al. 2018, "Meta-learning with differentiable closed-form solvers".
-CIFAR_FS = (
-    """
-beaver beetle butterfly camel cattle crab crocodile flatfish lamp maple_tree motorcycle
-otter sea shark television tractor
-""",
-    """
-baby bed bicycle chimpanzee fox leopard man pickup_truck plain poppy rocket rose snail
-sweet_pepper table telephone wardrobe whale woman worm
-""",
-)
-# Oreshkin et al. 2018, "TADAM": whole superclasses.
-FC100 = (
-    """
-bear camel cattle chimpanzee crab elephant hamster kangaroo leopard lion lobster mouse
-rabbit shrew snail spider squirrel tiger wolf worm
-""",
-    """
-baby beaver bee beetle boy butterfly caterpillar cockroach dolphin fox girl man otter
-porcupine possum raccoon seal skunk whale woman
-""",
-)
 
 
 def class_split(wanted, data):
@@ -45,18 +39,15 @@ def class_split(wanted, data):
     names = sorted(data.class_names) if data.name == "cifar100" else data.class_names
     if wanted == "auto":
         return data.split or split_classes(names)
-    if wanted in NAMES:
-        if data.name != "cifar100":
-            raise UserError(
-                f"split {wanted} is one of cifar100's classes, not of {data.name}'s; pass "
-                "--split=auto or a file of your own"
-            )
-        if wanted == "tutorial":
-            return split_classes(names)
-        val, test = (words.split() for words in (CIFAR_FS if wanted == "cifar_fs" else FC100))
-        train = [name for name in data.class_names if name not in {*val, *test}]
-        return {"train": train, "val": val, "test": test}
-    return read_split(wanted, data)
+    if wanted not in NAMES:
+        return read_split(wanted, data)
+    if data.name != "cifar100":
+        raise UserError(f"split {wanted} is of cifar100's classes; pass --split=auto or a file")
+    if wanted == "tutorial":
+        return split_classes(names)
+    val, test = (words.split() for words in _HELD_OUT[wanted])
+    train = [name for name in data.class_names if name not in {*val, *test}]
+    return {"train": train, "val": val, "test": test}
 
 
 def split_name(split, data):
@@ -73,76 +64,55 @@ def read_split(path, data):
 
     Raises UserError where it cannot be read, or does not fit the classes of an ImageSet.
     """
-    how = 'write {"train": [names], "val": [names], "test": [names]} into it'
     try:
         with open(path, encoding="utf-8") as file:
-            split = json.load(file)
-    except OSError as error:
+            content = json.load(file)
+        split = {part: list(map(str, content[part])) for part in PARTS}
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(
-            f"split {path!r} cannot be read: {error.strerror}; pass one of {', '.join(NAMES)} or "
-            "a JSON file"
+            f"split {path!r} cannot be read ({error!r}); pass one of {', '.join(NAMES)} or a JSON "
+            'file of {"train": [names], "val": [names], "test": [names]}'
         ) from error
-    except ValueError as error:
-        raise UserError(f"{path} is not a JSON file ({error}); {how}") from error
-    found = split.keys() if isinstance(split, dict) else {type(split).__name__}
-    if set(found) != set(PARTS):
-        raise UserError(f"{path} holds {', '.join(map(str, found)) or 'nothing'}; {how}")
-    for part in PARTS:
-        if not is_list_of_names(split[part]):
-            raise UserError(f"{path}: {part} is not a list of class names; {how}")
     check_split(split, data.class_names, path)
-    return {part: split[part] for part in PARTS}
+    return split
+
+
+def split_of(parts, class_names, source):
+    """Return the split that the part of each class makes; raise what `check_split` raises."""
+    split = {part: [name for name, of in zip(class_names, parts) if of == part] for part in PARTS}
+    check_split(split, class_names, source)
+    return split
 
 
 def check_split(split, class_names, source):
     """Raise UserError unless each class is in one part, and each part has two classes or more."""
-    seen = {}
+    parts_of = {}
     for part in PARTS:
-        for name in split[part]:
-            if name in seen:
-                raise UserError(
-                    f"{source}: class {name!r} is in {seen[name]} and in {part}; the parts may not "
-                    "overlap: take it out of one"
-                )
-            if name not in class_names:
-                raise UserError(
-                    f"{source}: {part} names a class {name!r}, which the data set does not have; "
-                    "correct the name or add its images"
-                )
-            seen[name] = part
         if len(split[part]) < 2:
-            raise UserError(
-                f"{source}: {part} has {len(split[part])} classes, but at least 2 are needed; add "
-                "classes to it"
-            )
-    missing = [name for name in class_names if name not in seen]
-    if missing:
-        raise UserError(
-            f"{source}: class {missing[0]!r} is in no part ({len(missing)} such "
-            "classes); add it to train, val or test, or take its images out of the data set"
-        )
+            found = f"{part} has {len(split[part])} classes, but at least 2 are needed"
+            raise UserError(f"{source}: {found}; add classes to it")
+        for name in split[part]:
+            parts_of.setdefault(name, []).append(part)
+    for name in (*parts_of, *class_names):
+        if name not in class_names or len(parts_of.get(name, [])) != 1:
+            found = f"class {name!r} is in {' and '.join(parts_of.get(name, ['no part']))}"
+            found += "" if name in class_names else ", but not in the data set"
+            raise UserError(f"{source}: {found}; put each class into one of train, val and test")
 
 
 def split_classes(class_names, seed=0):
     """Split class names at random into {"train", "val", "test"}: 80, 10 and 10 of 100.
 
-    Other numbers of classes are split in proportion. For 100 classes and seed 0 this is the
-    tutorial's split. Validation and test have at least 2 classes each.
-    Raises UserError for fewer than 6 classes.
+    Other numbers of classes are split in proportion, with at least 2 to validate and 2 to test. For
+    100 classes and seed 0 this is the tutorial's split. Raises UserError for fewer than 6 classes.
     """
     count = len(class_names)
     if count < 6:
         raise UserError(
-            f"found {count} classes, but at least 6 are needed to train, validate and test on "
-            "different ones; add classes to the data set"
+            f"found {count} classes, but at least 6 are needed, 2 per part; add classes"
         )
     held_out = max(2, round(0.1 * count))
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     names = [class_names[index] for index in order]
     val, test = count - 2 * held_out, count - held_out  # where these begin
     return {"train": names[:val], "val": names[val:test], "test": names[test:]}
-
-
-def is_list_of_names(value):
-    """Return whether a value out of a file is a list of strings."""
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)

@@ -10,16 +10,22 @@ one_thread  the tests of a module compute in one thread, so that sums have the s
 no_network  no host name resolves within the test, so whatever tries to download fails at once.
 """
 
+import contextlib
+import os
 import socket
 
-import hypothesis
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests run side by side
+
 import pytest
-import stress
 import torch
 
-# The same examples in every run, none remembered: a failure here is a failure on every machine.
-hypothesis.settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
-hypothesis.settings.load_profile("repeatable")
+with contextlib.suppress(ImportError):  # the tests of a GPU do without it
+    import hypothesis
+
+    # The same examples in every run, none remembered: a failure here is one on every machine.
+    profile = {"derandomize": True, "database": None, "deadline": None}
+    hypothesis.settings.register_profile("repeatable", **profile)
+    hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +36,8 @@ def seeded():
 
 @pytest.fixture(scope="session")
 def glyph_dir(tmp_path_factory):
+    import stress
+
     folder = tmp_path_factory.mktemp("glyph_data")
     stress.make_data(folder)
     return folder

@@ -4,288 +4,207 @@ import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import stress
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from common.checkpoint import (
-    FORMAT,
-    content_digest,
-    encoder_of,
-    load_checkpoint,
-    load_encoder,
-    save_checkpoint,
-)
-from common.config import UserError
-from common.data import CIFAR100_MEAN
-from common.encoder import Encoder
+from common import UserError, checkpoint
+from common.checkpoint import content_digest, encoder_of, find_checkpoints, load_checkpoint
+from common.encoders import Encoder
 from common.splits import split_classes
+from common.tutorial import CIFAR100_MEAN
+
+INCLUDED = sorted(Path(checkpoint.INCLUDED).rglob("*.pt"))
 
 
-def contents_of(model="protonet", epoch=2, **config):
-    """Return what a checkpoint of a tiny encoder holds."""
-    encoder = Encoder(8, 4, (1, 1, 1, 1), 2, 8)
-    return {
-        "format": FORMAT,
-        "model": model,
-        "dataset": "glyphs",
-        "config": {"epochs": 3, "lr_drops": [0.7, 0.9], **config},
-        "epoch": epoch,
-        "val_accuracy": 0.5,
-        "encoder": encoder.arguments,
-        "state_dict": encoder.state_dict(),
-        "class_split": {"train": ["a", "b"], "val": ["c", "d"], "test": ["e", "f"]},
-        "mean": (0.1, 0.2, 0.3),
-        "std": (0.4, 0.5, 0.6),
-        "data_digest": "0" * 64,
-    }
-
-
-def test_what_is_saved_is_loaded_again_without_running_code(tmp_path):
-    contents = contents_of()
-    save_checkpoint(tmp_path / "model.pt", contents)
-    assert stress.same_value(load_checkpoint(tmp_path / "model.pt"), contents)
-
-
-def test_the_encoder_of_a_checkpoint_computes_what_the_saved_one_did(tmp_path):
-    contents = contents_of()
-    encoder = Encoder(**contents["encoder"])
-    encoder.load_state_dict(contents["state_dict"])
-    save_checkpoint(tmp_path / "model.pt", contents)
-    found = encoder_of(load_checkpoint(tmp_path / "model.pt"), "model.pt")
-    images = torch.randn(2, 3, 32, 32)
-    assert not found.training
-    with torch.no_grad():
-        assert torch.equal(found(images), encoder.eval()(images))
-
-
-def cut_in_the_middle(whole):
-    return whole[: len(whole) // 2]
-
-
-def cut_at_its_end(whole):
-    return whole[:-1000]
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        b"",
-        cut_in_the_middle,
-        cut_at_its_end,
-        np.random.default_rng(0).bytes(5000),
-        b"<!DOCTYPE html><html>Not found</html>",
-        pickle.dumps([1, 2, 3]),
-        pickle.dumps(Path("somewhere")),
-    ],
-    ids=["empty", "cut in the middle", "cut", "random", "text", "a list", "a foreign object"],
-)
-def test_a_damaged_or_foreign_file_is_refused_by_name(bad, tmp_path, recwarn):
-    save_checkpoint(tmp_path / "whole.pt", contents_of())
-    whole = (tmp_path / "whole.pt").read_bytes()
-    (tmp_path / "bad.pt").write_bytes(bad(whole) if callable(bad) else bad)
-    with pytest.raises(UserError, match="bad.pt") as error:
-        load_checkpoint(tmp_path / "bad.pt")
-    assert "\n" not in str(error.value)
-    assert not recwarn.list  # a warning would be a second line
-
-
-@pytest.mark.parametrize(
-    "contents",
-    [[1, 2], torch.zeros(3), {"format": "another"}, {"weights": torch.zeros(2)}, "text"],
-    ids=["list", "tensor", "other format", "no format", "text"],
-)
-def test_a_readable_file_of_other_contents_is_refused(contents, tmp_path):
-    torch.save(contents, tmp_path / "other.pt")
-    with pytest.raises(UserError, match="not a checkpoint of this project"):
-        load_checkpoint(tmp_path / "other.pt")
-
-
-def test_a_missing_file_is_refused_with_the_way_to_make_one(tmp_path):
-    with pytest.raises(UserError, match="no checkpoint .*train_protonet.py"):
-        load_checkpoint(tmp_path / "absent.pt")
-
-
-class Hostile:
-    """Unpickled, it creates the file `path`."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-def write_pickle(path, value):
-    path.write_bytes(pickle.dumps(value))
-
-
-def write_torch(path, value):
-    torch.save(value, path)
-
-
-@pytest.mark.parametrize("write", [write_pickle, write_torch])
-def test_code_in_a_hostile_file_is_not_run(write, tmp_path):
-    trace = tmp_path / "trace"
-    write(tmp_path / "hostile.pt", {"format": FORMAT, "state_dict": Hostile(trace)})
-    with pytest.raises(UserError, match="hostile.pt"):
-        load_checkpoint(tmp_path / "hostile.pt")
-    assert not trace.exists()
-    # The proof that this file is dangerous to a reader that trusts it.
-    pickle.loads(pickle.dumps(Hostile(trace))).close()
-    assert trace.exists()
-
-
-def narrower(weights):
-    weights["classifier.weight"] = weights["classifier.weight"][:, :7]
-
-
-def without_one(weights):
-    del weights["classifier.bias"]
-
-
-def with_nan(weights):
-    weights["features.conv0.weight"][0, 0, 0, 0] = float("nan")
-
-
-def with_text(weights):
-    weights["classifier.bias"] = "text"
-
-
-@pytest.mark.parametrize("spoil", [narrower, without_one, with_nan, with_text])
-def test_weights_that_cannot_be_used_are_refused(spoil, tmp_path):
-    save_checkpoint(tmp_path / "model.pt", contents_of())
-    contents = load_checkpoint(tmp_path / "model.pt")
-    encoder_of(contents, "model.pt")
-    spoil(contents["state_dict"])
-    with pytest.raises(UserError, match="model.pt: the weights"):
-        encoder_of(contents, "model.pt")
-
-
-@pytest.mark.parametrize(
-    ("hyperparameters", "model"),
-    [
-        ({"proto_dim": 64, "lr": 2e-4}, "protonet"),
-        ({"proto_dim": 64, "num_inner_steps": 1, "lr_inner": 0.1, "lr_output": 0.1}, "protomaml"),
-    ],
-)
-def test_a_lightning_file_loads_as_it_is(hyperparameters, model, tmp_path):
-    encoder = Encoder().eval()
-    weights = {f"model.{name}": tensor for name, tensor in encoder.state_dict().items()}
-    lightning = {
-        "pytorch-lightning_version": "1.6",
-        "epoch": 7,
-        "state_dict": weights,
-        "hyper_parameters": hyperparameters,
-    }
-    torch.save(lightning, tmp_path / "tutorial.ckpt")
-    contents = load_checkpoint(tmp_path / "tutorial.ckpt")
-    found = (contents["model"], contents["dataset"], contents["epoch"], tuple(contents["mean"]))
-    assert found == (model, "cifar100", 7, CIFAR100_MEAN)
-    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        assert torch.equal(encoder_of(contents, "tutorial.ckpt")(images), encoder(images))
-
-
-def run_of(split, *shape, name="cifar100", digest="0" * 64):
-    """Return the TrainingData of a run with images of this shape, as far as a start looks at it."""
-    images = torch.zeros(1, 3, *(shape or (32, 32)))
-    train = SimpleNamespace(name=name, images=images)
-    return SimpleNamespace(split=split, train=train, digest=digest)
-
-
-def test_a_run_starts_from_the_tutorials_file_with_the_tutorials_split_alone(tmp_path, capsys):
-    hyperparameters = {"proto_dim": 64}
-    weights = {f"model.{name}": tensor for name, tensor in Encoder().state_dict().items()}
-    lightning = {"pytorch-lightning_version": "1.6", "epoch": 7, "state_dict": weights}
-    torch.save({**lightning, "hyper_parameters": hyperparameters}, tmp_path / "tutorial.ckpt")
-    names = [f"class {number:02}" for number in range(20)]
-    split = split_classes(names)
-    load_encoder(tmp_path / "tutorial.ckpt", run_of(split))
-    printed = capsys.readouterr().out
-    assert printed.count("\n") == 1 and "tutorial.ckpt carries no digest" in printed
-    other = {"train": split["train"][1:], "val": [*split["val"], split["train"][0]]}
-    with pytest.raises(UserError, match="trained on other classes than this run"):
-        load_encoder(tmp_path / "tutorial.ckpt", run_of({**split, **other}))
-    with pytest.raises(UserError, match="trained on other classes than this run"):
-        load_encoder(tmp_path / "tutorial.ckpt", run_of(split, name="photos"))
-
-
-def test_a_run_starts_from_an_encoder_of_images_of_its_own_size_alone(tmp_path):
-    contents, split = contents_of(), contents_of()["class_split"]
-    save_checkpoint(tmp_path / "start.pt", {**contents, "image_shape": [40, 48]})
-    with pytest.raises(UserError, match="images of 48x40 pixels, this run's have 32x32"):
-        load_encoder(tmp_path / "start.pt", run_of(split))
-    load_encoder(tmp_path / "start.pt", run_of(split, 40, 48))
-    # Some files do not say what the size was.
-    save_checkpoint(tmp_path / "start.pt", contents)
-    load_encoder(tmp_path / "start.pt", run_of(split, 40, 40))
-
-
-def test_a_start_tells_that_the_data_changed_since_the_encoder_was_trained(tmp_path, capsys):
-    contents = contents_of()
-    save_checkpoint(tmp_path / "start.pt", contents)
-    printed = []
-    for name, digest in (("photos", "0" * 64), ("photos", "1" * 64), ("cifar100", "1" * 64)):
-        run = run_of(contents["class_split"], name=name, digest=digest)
-        load_encoder(tmp_path / "start.pt", run)
-        printed.append(capsys.readouterr().out)
-    assert printed[0] == printed[2] == ""  # the same data, or one in another order
-    assert "photos has changed since" in printed[1] and "start.pt" in printed[1]
-
-
-# Damage
+def contents_of(encoder=None, **changes):
+    """Return what a checkpoint holds; by default that of a tiny encoder on the glyphs."""
+    if not encoder:
+        encoder = Encoder(8, 4, (1, 1, 1, 1), 2, 8)
+        encoder(2 + torch.randn(10, 3, 32, 32))  # moves BatchNorm's statistics
+    contents = {"format": checkpoint.FORMAT, "model": "protonet", "dataset": "glyphs", "epoch": 2}
+    contents |= {"config": {"epochs": 3, "lr_drops": [0.7, 0.9]}, "val_accuracy": 0.5}
+    contents |= {"encoder": encoder.arguments, "state_dict": encoder.state_dict()}
+    contents["class_split"] = {"train": ["a", "b"], "val": ["c", "d"], "test": ["e", "f"]}
+    contents |= {"image_shape": [32, 32], "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    return {**contents, "data_digest": "0" * 64, **changes}
 
 
 @pytest.fixture
 def saved(tmp_path):
     """The path of a checkpoint file, and what is in it."""
     contents = contents_of()
-    save_checkpoint(tmp_path / "saved.pt", contents)
+    checkpoint.save_checkpoint(tmp_path / "saved.pt", contents)
     return tmp_path / "saved.pt", contents
+
+
+def refused(path, message="pt"):
+    """Check that a file is refused in one line with its name, and the message."""
+    with pytest.raises(UserError, match=message) as error:
+        load_checkpoint(path)
+    assert path.name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_is_saved_is_loaded_again_and_its_encoder_computes_the_same(saved):
+    path, contents = saved
+    loaded = load_checkpoint(path)
+    assert content_digest(loaded) == content_digest(contents)
+    encoder, found = Encoder(**contents["encoder"]), encoder_of(loaded, path)
+    encoder.load_state_dict(contents["state_dict"])
+    images = torch.randn(2, 3, 32, 32)
+    assert not found.training and torch.equal(found(images), encoder.eval()(images))
+
+
+@pytest.mark.parametrize("path", INCLUDED, ids=lambda path: "/".join(path.parts[-3:]))
+def test_the_checkpoints_of_the_project_are_read(path):
+    contents = load_checkpoint(path)
+    features = encoder_of(contents, path)(torch.zeros(1, 3, *contents["image_shape"]))
+    assert features.isfinite().all() and path.stem == contents["model"]
+
+
+BAD_FILES = {
+    "empty": b"",
+    "no archive": bytes(range(256)) * 20,
+    "a foreign object": pickle.dumps(Path("somewhere")),
+    "another format": {"format": "another"},
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_foreign_file_is_refused_by_name(name, tmp_path, recwarn):
+    content, path = BAD_FILES[name], tmp_path / "bad.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    refused(path)
+    assert not recwarn.list  # a warning would be a second line
+
+
+class Hostile:
+    def __reduce__(self):  # unpickled, it creates a file
+        return open, ("trace", "w")
+
+
+def test_code_in_a_hostile_file_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    contents, file = {"format": checkpoint.FORMAT, "state_dict": Hostile()}, Path("hostile.pt")
+    for write in (torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))):
+        write(contents, file)
+        refused(file)
+        assert not Path("trace").exists()
+    # The proof that this file is dangerous to a reader that trusts it.
+    pickle.loads(file.read_bytes())["state_dict"].close()
+    assert Path("trace").exists()
 
 
 def test_damage_anywhere_in_a_file_is_refused_or_changes_nothing(saved):
     path, contents = saved
-    whole = path.read_bytes()
-    outcomes = stress.fuzz(path, whole, stress.checkpoint_reader(path), count=300, seed=1)
-    assert outcomes["accepted wrongly"] == outcomes["tracebacks"] == 0
-    assert outcomes["refused"] > 200
+    whole, digest, outcomes = path.read_bytes(), content_digest(contents), []
+    kinds, last = st.sampled_from(["flip", "cut", "zero", "insert"]), len(whole) - 1
+
+    @settings(max_examples=200, suppress_health_check=list(HealthCheck))
+    @given(kinds, st.integers(0, last), st.integers(0, 7), st.integers(1, 600))
+    def check(kind, place, bit, count):
+        before, after = whole[:place], whole[place:]
+        damaged = {
+            "flip": before + bytes([after[0] ^ 1 << bit]) + after[1:],
+            "cut": before,
+            "zero": before + bytes(len(after[:count])) + after[count:],
+            "insert": before + bytes(count) + after,
+        }
+        path.write_bytes(damaged[kind])
+        try:
+            outcomes.append(content_digest(load_checkpoint(path)) == digest)
+        except UserError as error:
+            outcomes.append("\n" not in str(error))
+
+    check()
+    assert all(outcomes) and len(outcomes) >= 200
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
+def test_any_change_of_the_content_is_noticed(saved):
+    for change in (
         lambda contents: contents["state_dict"]["classifier.bias"].fill_(7),
-        lambda contents: contents.update(epoch=4),
         lambda contents: contents.update(epoch=2.0),
-        lambda contents: contents.update(mean=[0.5, 0.5, 0.5]),
         lambda contents: contents["config"].update(epochs=4),
         lambda contents: contents["class_split"]["test"].reverse(),
-        lambda contents: contents["state_dict"].update(more=torch.zeros(1)),
-        lambda contents: contents.pop("val_accuracy"),
-    ],
-)
-def test_any_change_of_the_content_changes_its_digest(change, saved):
-    path, _ = saved
-    contents = torch.load(path, weights_only=True)
-    change(contents)
+        lambda contents: contents.pop("digest"),
+    ):
+        checkpoint.save_checkpoint(*saved)
+        contents = torch.load(saved[0], weights_only=True)
+        change(contents)
+        torch.save(contents, saved[0])
+        refused(saved[0], "digest")
+
+
+def lightning_file(path, **hyperparameters):
+    """Write a file as the tutorial's; return its encoder."""
+    encoder = Encoder().eval()
+    weights = {f"model.{name}": value for name, value in encoder.state_dict().items()}
+    contents = {"pytorch-lightning_version": "1.6", "epoch": 7, "state_dict": weights}
+    contents["hyper_parameters"] = {"proto_dim": 64, **hyperparameters}
     torch.save(contents, path)
-    with pytest.raises(UserError, match="saved.pt is damaged: its content does not fit its digest"):
-        load_checkpoint(path)
+    return encoder
 
 
-def test_the_digest_does_not_depend_on_where_tensors_lie_in_memory():
-    tensor = torch.arange(24.0).view(2, 3, 2, 2)
-    other = tensor.to(memory_format=torch.channels_last)
-    assert content_digest({"a": tensor}) == content_digest({"a": other})
-    assert content_digest({"a": tensor}) != content_digest({"a": tensor.double()})
-    assert content_digest({"a": tensor}) != content_digest({"a": tensor.view(3, 2, 2, 2)})
+@pytest.mark.parametrize("model", ["protonet", "protomaml"])
+def test_a_lightning_file_loads_as_it_is_with_a_notice(model, tmp_path, capsys):
+    path, images = tmp_path / "tutorial.ckpt", torch.randn(2, 3, 32, 32)
+    inner_loop = {"num_inner_steps": 1, "lr_inner": 0.1, "lr_output": 0.2}
+    encoder = lightning_file(path, **(inner_loop if model == "protomaml" else {"lr": 2e-4}))
+    contents = load_checkpoint(path)
+    assert "tutorial.ckpt carries no digest" in capsys.readouterr().out
+    found = (contents["model"], contents["dataset"], contents["epoch"], contents["mean"])
+    assert found == (model, "cifar100", 7, CIFAR100_MEAN)
+    assert model == "protonet" or inner_loop.items() <= contents["config"].items()
+    assert torch.equal(encoder_of(contents, path)(images), encoder(images))
 
 
-def test_a_file_without_its_digest_is_refused(saved):
-    path, contents = saved
-    torch.save(contents, path)
-    with pytest.raises(UserError, match="does not fit its digest"):
-        load_checkpoint(path)
+def load_for_run(path, split, height=32, width=32, name="cifar100"):
+    """Call load_encoder with the TrainingData of a run, as far as it looks at it."""
+    train = SimpleNamespace(name=name, images=torch.zeros(1, 3, height, width))
+    return checkpoint.load_encoder(path, SimpleNamespace(split=split, train=train))
+
+
+def test_a_run_starts_from_an_encoder_of_its_own_classes_and_image_size_alone(tmp_path):
+    split = split_classes([f"class {number:02}" for number in range(20)])
+    other = {**split, "val": split["test"], "test": split["val"]}
+    tutorials, own = tmp_path / "tutorial.ckpt", tmp_path / "own.pt"
+    lightning_file(tutorials)  # whose classes are the tutorial's split
+    checkpoint.save_checkpoint(own, contents_of(class_split=split, image_shape=[40, 48]))
+    load_for_run(tutorials, split)
+    load_for_run(own, split, 40, 48)
+    for run in (tutorials, other), (tutorials, split, 32, 32, "photos"), (own, other, 40, 48):
+        with pytest.raises(UserError, match=f"{run[0].name} was trained on other classes"):
+            load_for_run(*run)
+    with pytest.raises(UserError, match=r"trained on .*\[40, 48\].*\[32, 32\]"):
+        load_for_run(own, split)
+
+
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def test_the_users_checkpoints_come_first_else_the_included_ones(tmp_path, monkeypatch, capsys):
+    included = touch(tmp_path / "included", "best/glyphs/b.pt", "quick/glyphs/a.pt")
+    monkeypatch.setattr(checkpoint, "INCLUDED", str(included))
+    monkeypatch.chdir(tmp_path)
+    assert find_checkpoints("glyphs") == [str(included / "best/glyphs/b.pt")]
+    assert "models: those in " in capsys.readouterr().out
+    (included / "best/glyphs/b.pt").unlink()
+    assert find_checkpoints("glyphs") == [str(included / "quick/glyphs/a.pt")]
+    own = touch(Path("checkpoints/glyphs"), "mine.pt", "mine_last.pt", "mine.csv", "a.pt")
+    assert find_checkpoints("glyphs") == [str(own / "a.pt"), str(own / "mine.pt")]
+    with pytest.raises(UserError, match="found no checkpoint .*letters"):
+        find_checkpoints("letters")
+
+
+def test_named_files_and_folders_are_taken_as_they_are(tmp_path):
+    folder = touch(tmp_path / "my [best] run", "b.pt", "a.pt", "a_last.pt")
+    last, absent = str(folder / "a_last.pt"), str(tmp_path / "absent.pt")
+    named = find_checkpoints("glyphs", (absent, str(folder), last))
+    assert named == [absent, str(folder / "a.pt"), str(folder / "b.pt"), last]
+    with pytest.raises(UserError, match="found no checkpoint "):
+        find_checkpoints("glyphs", (str(tmp_path),))

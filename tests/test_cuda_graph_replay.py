@@ -1,43 +1,68 @@
 """What a CUDA graph does to a step, emulated on the CPU: the recorded operations run again on the
 same tensors, with every Python number as it was. The results must not change by a bit."""
 
+from contextlib import nullcontext
+from copy import deepcopy
+from types import SimpleNamespace
+
 import pytest
 import torch
+from test_trainers import TRAINERS, last_of, tiny_encoder, tiny_encoders, train  # noqa: F401
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import train_classifier
-import train_protomaml
-import train_protonet
-from common import cuda_graph, kshot
+from common import kshot
 from common.augment import Views
-from common.checkpoint import load_checkpoint
-from common.config import parse_config
-from common.encoder import Encoder
+from common.cuda_graph import WARM_UP, CudaGraphStep
 from common.inner_loop import InnerLoop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+# While a graph is recorded, CUDA refuses what reads a value on the host (a number, how many entries
+# are True or distinct) or copies one from there: torch.tensor is `lift_fresh`.
+REFUSED = set(
+    "_local_scalar_dense is_nonzero equal allclose nonzero masked_select bincount _unique _unique2 "
+    "unique_dim unique_consecutive unique_dim_consecutive repeat_interleave lift_fresh".split()
+)
 
-# While a graph is recorded, reading a value on the host is an error on CUDA.
-HOST_READS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
+
+def refuse(name):
+    raise RuntimeError(f"not permitted when stream is capturing: {name}")
+
+
+class HostReads(TorchFunctionMode):
+    """Refuses what a Tape does not see: on the CPU these are no operations."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function.__name__ in ("tolist", "numpy", "cpu"):
+            refuse(function.__name__)
+        return function(*args, **kwargs or {})
 
 
 class Tape(TorchDispatchMode):
     """Notes every operation with its arguments and results."""
 
+    replays = 0
+
     def __init__(self):
         super().__init__()
-        self.operations = []
+        self.operations, self.is_new = [], True
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        assert name not in HOST_READS, f"{name} reads a value on the host"
-        result = function(*args, **(kwargs or {}))
-        self.operations.append((function, args, kwargs or {}, result))
+        name, kwargs = function.overloadpacket.__name__, kwargs or {}
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        if name in REFUSED or any(i is not None and i.dtype == torch.bool for i in indices):
+            refuse(name)
+        result = function(*args, **kwargs)
+        self.operations.append((function, args, kwargs, result))
         return result
 
     @torch.no_grad()
     def replay(self):
+        if self.is_new:  # here, other than on CUDA, the recording has run the step
+            self.is_new = False
+            return
+        Tape.replays += 1
         for function, args, kwargs, recorded in self.operations:
             result = function(*args, **kwargs)
             for old, new in zip(tree_leaves(recorded), tree_leaves(result)):
@@ -46,126 +71,89 @@ class Tape(TorchDispatchMode):
                     old.copy_(new)
 
 
-class TapedStep:
-    """CudaGraphStep with a Tape in place of the graph."""
-
-    replays = 0
+class TapedStep(CudaGraphStep):
+    """CudaGraphStep with a Tape in place of the graph; a failed recording is an error."""
 
     def __init__(self, function, device, enabled=True):
-        self.function, self.calls, self.tape = function, 0, None
+        super().__init__(function, device, enabled)
+        self.wanted, self.stream = enabled, torch.cuda.current_stream()
 
-    def __call__(self, *inputs):
-        self.calls += 1
-        if self.calls <= cuda_graph.WARM_UP:
-            return self.function(*inputs)
-        if self.tape is None:
-            self.inputs, self.tape = [tensor.clone() for tensor in inputs], Tape()
-            with self.tape:
-                self.outputs = self.function(*self.inputs)
-        elif all(old.shape == new.shape for old, new in zip(self.inputs, inputs)):
-            for recorded, new in zip(self.inputs, inputs):
-                recorded.copy_(new)
-            self.tape.replay()
-            TapedStep.replays += 1
-        else:
-            return self.function(*inputs)
-        return tuple(output.clone() for output in self.outputs)
+    def _record(self, inputs):
+        self.inputs, self.graph = [tensor.clone() for tensor in inputs], Tape()
+        with HostReads(), self.graph:
+            self.outputs = self.function(*self.inputs)
+        return True
 
 
-EPISODES = ["--n_way=2", "--k_shot=2", "--n_query=2", "--lr_drops=0.5"]
-TASKS = [*EPISODES, "--tasks_per_step=2", "--val_episodes=10"]
-BATCHES = ["--n_way=2", "--batch_size=16"]
-START = "{start}"  # stands for the path of a trained classifier
-VARIANTS = {  # model, script and options
-    "classifier": ("classifier", train_classifier, BATCHES),
-    "taught": ("classifier", train_classifier, [*BATCHES, f"--teacher={START}"]),
-    "protonet": ("protonet", train_protonet, EPISODES),
-    "episodes": ("protonet", train_protonet, [*EPISODES, "--episodes_per_step=3"]),
-    "protomaml": ("protomaml", train_protomaml, TASKS),
-    "maml": ("maml", train_protomaml, [*TASKS, "--output_init=zeros"]),
-    "frozen": (
-        "protomaml",
-        train_protomaml,
-        [*TASKS, f"--init_from={START}", "--batchnorm=frozen", "--lr_inner=0.01"],
-    ),
-}
+@pytest.fixture(autouse=True)
+def streams(monkeypatch):
+    stream = SimpleNamespace(wait_stream=lambda stream: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(Tape, "replays", 0)
 
 
-def train(model, script, options, glyph_dir, folder):
-    where = ["--dataset=glyphs", f"--data_dir={glyph_dir}", f"--checkpoint_dir={folder}"]
-    size = ["--epochs=2", "--steps_per_epoch=6", "--device=cpu"]
-    script.main(parse_config(script.Config, [*where, *size, *options]))
-    return load_checkpoint(folder / "glyphs" / f"{model}_last.pt")
+def optimizer_as_on_cuda(parameters, lr, weight_decay, device):
+    """As make_optimizer on CUDA: the learning rate is a tensor, which a graph reads anew."""
+    return torch.optim.AdamW(parameters, torch.tensor(lr), weight_decay=weight_decay, fused=True)
 
 
-def assert_same(first, second):
-    for name, tensor in first["state_dict"].items():
-        assert torch.equal(tensor, second["state_dict"][name]), name
-    assert first["history"] == second["history"]
-
-
-@pytest.fixture(scope="module")
-def start(glyph_dir, tmp_path_factory):
-    """The path of a trained classifier."""
-    folder = tmp_path_factory.mktemp("start")
-    train(*VARIANTS["classifier"], glyph_dir, folder)
-    return folder / "glyphs" / "classifier.pt"
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_replayed_steps_train_to_the_same_bits(variant, start, glyph_dir, tmp_path, monkeypatch):
-    model, script, options = VARIANTS[variant]
-    options = [option.replace(START, str(start)) for option in options]
-    expected = train(model, script, options, glyph_dir, tmp_path / "called")
-
-    monkeypatch.setattr(script, "CudaGraphStep", TapedStep)
-    monkeypatch.setattr(TapedStep, "replays", 0)
-    found = train(model, script, options, glyph_dir, tmp_path / "replayed")
-    assert TapedStep.replays >= 8  # of 12 steps, all but the warm-up and the recording
-    assert_same(expected, found)
+@pytest.mark.parametrize(
+    "model, options, replays",  # of 12 steps, all but the warm-up and the recording
+    [
+        ("classifier", [], 8),
+        ("classifier", ["--teacher={start}"], 8),  # the path of a trained classifier
+        ("protonet", [], 8),
+        # In each of two epochs the validation takes five times two episodes, and one alone.
+        ("protomaml", ["--tasks_per_step=2", "--val_episodes=11", "--k_shot=1", "--n_query=1"], 14),
+        ("maml", ["--output_init=zeros", "--num_inner_steps=2"], 8),
+        ("protomaml", ["--init_from={start}", "--batchnorm=frozen", "--lr_inner=0.01"], 8),
+    ],
+)
+def test_replays_train_to_the_same_bits(model, options, replays, glyph_dir, tmp_path, monkeypatch):
+    start = train("classifier", glyph_dir, tmp_path / "start", "--steps_per_epoch=3")
+    options = [option.format(start=start) for option in options]
+    monkeypatch.setitem(TRAINERS, "maml", TRAINERS["protomaml"])
+    script, lasts = TRAINERS[model][0], []
+    monkeypatch.setattr(script, "make_optimizer", optimizer_as_on_cuda)
+    for step in (CudaGraphStep, TapedStep):
+        monkeypatch.setattr(script, "CudaGraphStep", step)
+        more = ["--epochs=2", "--steps_per_epoch=6", *options]
+        lasts.append(last_of(train(model, glyph_dir, tmp_path / step.__name__, *more)))
+    assert Tape.replays == replays
+    for name, tensor in lasts[0]["state_dict"].items():
+        assert torch.equal(tensor, lasts[1]["state_dict"][name]), name
+    assert lasts[0]["history"] == lasts[1]["history"]
 
 
 @pytest.mark.parametrize("batchnorm", ["batch", "frozen"])
 @pytest.mark.parametrize("output_init", ["prototypes", "zeros"])
-def test_replayed_inner_steps_of_a_test_give_the_same_logits(output_init, batchnorm, monkeypatch):
-    encoder = Encoder(8, 4, (1, 1, 1, 1), 2, 8).eval()
-    images = torch.randn(24, 3, 32, 32)
-    labels = torch.arange(3).repeat_interleave(8)
-    sets = kshot.support_sets(labels, 2, "abc")
-    inner_loop = InnerLoop(8, 0.1, 0.1, output_init, batchnorm)
-    models = {}
-    for step in (kshot.CudaGraphStep, TapedStep):
-        monkeypatch.setattr(kshot, "CudaGraphStep", step)
-        monkeypatch.setattr(TapedStep, "replays", 0)
-        count, seen = kshot._count, []
-
-        def watch(logits, y_qry):
-            seen.append(logits.clone())
-            return count(logits, y_qry)
-
-        with monkeypatch.context() as patched:
-            patched.setattr(kshot, "_count", watch)
-            kshot.adapted_counts(
-                encoder, Views(images), labels, sets, 3, 2, inner_loop, in_graph=True
-            )
-        models[step] = seen
-    assert TapedStep.replays == 4 * 7 - cuda_graph.WARM_UP - 1
-    for first, second in zip(*models.values(), strict=True):
-        assert torch.equal(first, second)
+def test_replayed_inner_steps_of_a_test_adapt_to_the_same_bits(output_init, batchnorm, monkeypatch):
+    encoder, views = tiny_encoder().eval(), Views(torch.randn(24, 3, 32, 32), 2)
+    sets = kshot.support_sets(torch.arange(3).repeat_interleave(8), 2, "abc")
+    how = InnerLoop(8, 0.1, 0.1, output_init, batchnorm)
+    spaces = [deepcopy(encoder) for _ in range(3)]  # of four tasks the last one is alone
+    workers = SimpleNamespace(workspaces=spaces, map=lambda step, items: map(step, items, spaces))
+    monkeypatch.setattr(kshot, "CudaGraphStep", TapedStep)
+    adapted = kshot._adapt_in_graph(encoder, views, sets, 3, 2, how, workers)
+    for number, (task, local, *head) in enumerate(adapted):
+        assert torch.equal(task, sets[number])
+        plain = deepcopy(encoder)
+        expected = [*how.adapt(encoder, views, task, 3, plain), *plain.state_dict().values()]
+        found = [*head, *local.state_dict().values()]
+        assert all(map(torch.equal, found, expected))
+    assert number == 3 and Tape.replays == 2 * 8 - WARM_UP - 1
 
 
-def test_a_step_that_reads_a_value_on_the_host_is_noticed():
-    step = TapedStep(lambda values: (values * values.sum().item(),), torch.device("cpu"))
-    for _ in range(cuda_graph.WARM_UP):
+@pytest.mark.parametrize(
+    "planted",
+    "x*x.sum().item() x*x.tolist()[0] (x,-x)[bool(x[0]>0)] x*float(x.numpy()[0]) x*x.cpu() x[x>0] "
+    "x.nonzero() x.masked_select(x>0) torch.bincount(x.long()) x.unique() x[:,None].unique(dim=0) "
+    "x.repeat_interleave(x.long()) x*torch.tensor(2.0) x[[0,1]]".split(),
+)
+def test_a_step_that_cuda_would_refuse_to_record_is_noticed(planted):
+    step = TapedStep(lambda x: (eval(planted, {"torch": torch}, {"x": x}),), torch.device("cpu"))
+    for _ in range(WARM_UP):
         step(torch.ones(2))
-    with pytest.raises(AssertionError, match="_local_scalar_dense reads a value on the host"):
+    with pytest.raises(RuntimeError, match="not permitted"):
         step(torch.ones(2))
-
-
-def test_a_replay_keeps_the_python_numbers_of_its_recording():
-    rate = [1.0]
-    step = TapedStep(lambda values: (values * rate[0],), torch.device("cpu"))
-    for _ in range(cuda_graph.WARM_UP + 1):
-        step(torch.ones(2))
-    rate[0] = 2.0
-    assert step(torch.ones(2))[0].tolist() == [1.0, 1.0]  # what a graph would give

@@ -1,4 +1,4 @@
-"""What README and docs say holds: their commands, their numbers, the trained models."""
+"""What README and docs say holds: their commands, their numbers, the included models."""
 
 import csv
 import importlib
@@ -19,18 +19,18 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def of_last_commit(pattern):
-    """Return the files of the last commit, where this is a checkout, unless one was replaced."""
-    if not shutil.which("git") or not (ROOT / ".git").exists():
-        return []
+def included(pattern):
+    """Return the project's own files, where this is a checkout, unless one was replaced."""
     compare = ["git", "diff", "--quiet", "HEAD", "--", "checkpoints", "results"]
-    if subprocess.run(compare, cwd=ROOT).returncode:
+    checkout = shutil.which("git") and (ROOT / ".git").exists()
+    if not checkout or subprocess.run(compare, cwd=ROOT).returncode:
         return []
+    # In git's patterns a * stands for folders, too.
     files = subprocess.run(["git", "ls-files", pattern], cwd=ROOT, capture_output=True, text=True)
     return [ROOT / name for name in files.stdout.splitlines()]
 
 
-TRAINED, RESULTS = of_last_commit("checkpoints/*.pt"), of_last_commit("results/*/accuracy.json")
+TRAINED, RESULTS = included("checkpoints/*.pt"), included("results/*accuracy.json")
 
 
 def name_of(path):
@@ -38,18 +38,17 @@ def name_of(path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_the_commands_of_a_page_name_scripts_and_options_that_exist(page, monkeypatch):
+def test_the_commands_of_a_page_name_scripts_options_and_recipes_that_exist(page, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     text = page.read_text(encoding="utf-8").replace("\\\n", " ").replace("=N", "=1")
     lines = re.findall(r"^    ((?:python|torchrun) .*\.py\b.*)$", text, re.MULTILINE)
-    assert lines
     for command in (part for line in lines for part in line.split("#")[0].split("&&")):
         script, options = re.search(r"(\S+\.py)(.*)", command).groups()
         assert (ROOT / script).is_file()
         module = importlib.import_module(Path(script).stem)
         if hasattr(module, "Config"):
-            recipes = getattr(module, "RECIPES", None)
-            parse_config(module.Config, shlex.split(options), recipes=recipes)
+            parse_config(module.Config, shlex.split(options), getattr(module, "RECIPES", None))
+    assert lines or page.parent != ROOT
 
 
 @pytest.mark.skipif(not RESULTS, reason="the tables are not those of the last commit")
@@ -57,11 +56,11 @@ def test_the_readmes_accuracies_are_in_the_tables_of_results():
     tables = "".join(path.with_suffix(".md").read_text(encoding="utf-8") for path in RESULTS)
     shipped = set(re.findall(r"(\d+\.\d\d) \| ± (\d+\.\d\d)", tables))
     claimed = set(re.findall(r"(\d+\.\d\d) ± (\d+\.\d\d)", PAGES[0].read_text(encoding="utf-8")))
-    assert len(claimed) > 100 and claimed - shipped == set()
+    assert claimed and claimed <= shipped
 
 
 @pytest.mark.parametrize("path", TRAINED, ids=name_of)
-def test_a_trained_model_can_be_read_and_is_the_best_epoch_of_its_curve(path):
+def test_an_included_model_can_be_read_and_is_the_best_epoch_of_its_curve(path):
     checkpoint = load_checkpoint(path)
     encoder_of(checkpoint, path)
     with open(path.with_suffix(".csv"), newline="", encoding="utf-8") as file:
@@ -69,7 +68,8 @@ def test_a_trained_model_can_be_read_and_is_the_best_epoch_of_its_curve(path):
     assert checkpoint["val_accuracy"] == curve[checkpoint["epoch"]] == max(curve.values())
 
 
-@pytest.mark.parametrize("path", RESULTS, ids=name_of)
-def test_a_table_is_that_of_trained_models_that_are_there(path):
-    tested = {row["checkpoint_sha256"] for row in json.loads(path.read_text())} - {None}
-    assert tested and tested <= {sha256(trained) for trained in TRAINED}
+@pytest.mark.skipif(not RESULTS, reason="the tables are not those of the last commit")
+def test_every_table_tests_an_included_model_and_every_included_model_is_in_a_table():
+    tables = [{row["checkpoint_sha256"] for row in json.loads(p.read_text())} for p in RESULTS]
+    digests = set(map(sha256, TRAINED))
+    assert all(digests & table for table in tables) and digests <= set().union(*tables)

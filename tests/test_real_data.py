@@ -5,17 +5,17 @@ the author's ProtoNet.ckpt (docs/protocol.md says where that comes from).
 """
 
 import os
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
 from common.checkpoint import encoder_of, load_checkpoint
-from common.data import CIFAR100_MEAN, CIFAR100_STD, load_dataset, normalize
-from common.encoder import encode_in_batches
-from common.kshot import accuracies, nearest_prototype_counts, summarize, support_sets
+from common.data import load_dataset, normalize
+from common.encoders import encode_in_batches
+from common.kshot import nearest_prototype_accuracies, summarize, support_sets
 from common.splits import split_classes
+from common.tutorial import CIFAR100_MEAN, CIFAR100_STD
 
 FOLDER = Path(os.environ.get("PATH_DATASETS", "data"))
 CHECKPOINT = FOLDER / "ProtoNet.ckpt"
@@ -31,19 +31,14 @@ def cifar100():
     return load_dataset("cifar100", FOLDER)
 
 
-@cache
-def author():
-    return encoder_of(load_checkpoint(CHECKPOINT), CHECKPOINT)
-
-
 def percent_over_k(features, image_set, k_shots=K_SHOTS):
     """Mean accuracy in % for each k, all classes of the set in one episode."""
     means = []
     for k_shot in k_shots:
         labels, class_names = image_set.labels, image_set.class_names
         sets = support_sets(labels, k_shot, class_names)
-        counts = nearest_prototype_counts(features, labels, sets, len(class_names), k_shot)
-        means.append(100 * summarize(accuracies(counts))[0])
+        tested = (features, labels, sets, len(class_names), k_shot)
+        means.append(100 * summarize(nearest_prototype_accuracies(*tested))[0])
     return means
 
 
@@ -58,22 +53,21 @@ def test_cifar100_holds_600_images_of_each_of_100_classes(cifar100):
 @needs(CHECKPOINT.name)
 def test_the_authors_protonet_has_its_known_accuracy_on_the_test_classes_of_cifar100(cifar100):
     tested = cifar100.of_classes(split_classes(cifar100.class_names)["test"])
-    checkpoint = load_checkpoint(CHECKPOINT)
-    images = normalize(tested.images, checkpoint["mean"], checkpoint["std"])
-    known = [44.31, 52.07, 57.44, 60.94, 62.83]
-    found = percent_over_k(encode_in_batches(author(), images), tested)
+    encoder = encoder_of(load_checkpoint(CHECKPOINT), CHECKPOINT)
+    images = normalize(tested.images, CIFAR100_MEAN, CIFAR100_STD)
+    found = percent_over_k(encode_in_batches(encoder, images), tested)
     # In torchvision's order the images make other support sets.
-    assert found == pytest.approx(known, abs=0.25)
+    assert found == pytest.approx([44.31, 52.07, 57.44, 60.94, 62.83], abs=0.25)
 
 
 @needs("mnist.npz")
 @needs(CHECKPOINT.name)
 def test_the_authors_protonet_has_its_known_accuracy_on_mnist():
     mnist = load_dataset("mnist", FOLDER)
+    encoder = encoder_of(load_checkpoint(CHECKPOINT), CHECKPOINT)
     images = normalize(mnist.images, CIFAR100_MEAN, CIFAR100_STD)
-    known = [44.00, 50.50, 55.56, 58.71, 60.51]
-    found = percent_over_k(encode_in_batches(author(), images), mnist)
-    assert found == pytest.approx(known, abs=0.10)
+    found = percent_over_k(encode_in_batches(encoder, images), mnist)
+    assert found == pytest.approx([44.00, 50.50, 55.56, 58.71, 60.51], abs=0.10)
 
 
 @needs("mnist.npz")

@@ -1,54 +1,39 @@
 """Several processes: the results of one, one line for an error, nothing lost when one dies.
 
-Most tests start the processes themselves, as torchrun would, to see what each of them does; two
-start torchrun.
+Most tests start the processes themselves, as torchrun would, to see what each of them does.
 """
 
 import json
 import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
-import time
-from contextlib import contextmanager
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 import stress
 import torch
 from torch import distributed
 
+import evaluate
 import train_classifier
 import train_protomaml
-import train_protonet
-from common import data, training_run
+from common import UserError, data, training_run
 from common.checkpoint import load_checkpoint
-from common.config import UserError, parse_config
-from common.parallel import process_count, process_rank, share
+from common.config import parse_config
+from common.parallel import my_slice, process_count
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROOT = Path(train_protonet.__file__).parent
-EPISODES = ["--n_way=2", "--k_shot=2", "--n_query=2", "--device=cpu"]
-TRAINING = {
-    "classifier": ["train_classifier.py", *EPISODES, "--batch_size=16"],
-    "protonet": ["train_protonet.py", *EPISODES, "--episodes_per_step=4"],
-    "protomaml": ["train_protomaml.py", *EPISODES, "--tasks_per_step=4", "--val_episodes=5"],
-}
-TRAINERS = {
-    "classifier": train_classifier,
-    "protonet": train_protonet,
-    "protomaml": train_protomaml,
-}
+ROOT = Path(evaluate.__file__).parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 # What runs before the script, which sees the names that are changed here.
 START = """
 import os, runpy, signal, sys
-sys.path.insert(0, {root!r})
 rank = int(os.environ.get("RANK", 0))
 {before}
-sys.argv = sys.argv[1:]
+del sys.argv[0]
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 finally:
@@ -57,11 +42,10 @@ finally:
 # A tiny encoder that computes in float64; notes what all_reduce gives in each step.
 WATCHED = """
 import torch
-from common import checkpoint, data, parallel
-from common.encoder import Encoder
+from common import checkpoint, data, encoders, parallel
 
 def starting_encoder(cfg, data):
-    return Encoder(8, 4, (1, 1, 1, 1), 2, 8).to(dtype)
+    return encoders.Encoder(8, 4, (1, 1, 1, 1), 2, 8).to(dtype)
 
 def noting(sums=(), means=()):
     all_reduce(sums, means)
@@ -74,134 +58,110 @@ normalize = data.TrainingData.normalize
 data.TrainingData.normalize = lambda self, images: normalize(self, images).to(dtype)
 """
 SAVE_NOTES = "rank or torch.save(notes, {path!r})"
-# Saves after every step; in the fifth one, something happens to the process of rank 1.
-IN_STEP_5 = """
+# In the first step of the second epoch the process of rank 1 is killed.
+KILLED = """
 from common import training_run
-
 def track(run, *numbers):
+    if rank == 1 and len(run.history) == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
     track_as_ever(run, *numbers)
-    run.tracked = getattr(run, "tracked", 0) + 1
-    if run.tracked == 5 and rank == 1:
-        {what}
-
-training_run.SAVE_EVERY = -1
-track_as_ever = training_run.TrainingRun.track
-training_run.TrainingRun.track = track
+track_as_ever, training_run.TrainingRun.track = training_run.TrainingRun.track, track
 """
 
 
-@contextmanager
-def started(count, command, folder, before="", after="pass"):
-    """Start `count` processes of a script as torchrun does; yield them."""
-    folder.mkdir(exist_ok=True)
-    start = folder / "start.py"
-    start.write_text(START.format(root=str(ROOT), before=before, after=after))
-    script, *arguments = map(str, command)
+def run(count, script, *arguments, before="", after="pass"):
+    """Run a script in `count` processes, as torchrun does; return [(exit code, output, errors)]."""
     store = distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "WORLD_SIZE": str(count),
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(start), str(ROOT / script), *arguments],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
+    own = {"MASTER_ADDR": "localhost", "MASTER_PORT": f"{store.port}", "WORLD_SIZE": f"{count}"}
+    own["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    command = [sys.executable, "-c", START.format(before=before, after=after), script, *arguments]
+    processes = []
+    for rank in range(count):
+        environment = {**ENVIRONMENT, **own, "RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}
+        options = {"env": environment, "cwd": ROOT, "stdout": PIPE, "stderr": PIPE, "text": True}
+        processes.append(subprocess.Popen(command, **options))
     try:
-        yield processes
+        printed = [process.communicate(timeout=120) for process in processes]
     finally:
         for process in processes:
             process.kill()
-
-
-def run(count, command, folder, before="", after="pass"):
-    """Run a script in `count` processes to its end; return [(exit code, output, errors)]."""
-    with started(count, command, folder, before, after) as processes:
-        printed = [process.communicate(timeout=120) for process in processes]
-    codes = [process.returncode for process in processes]
-    return [(code, *texts) for code, texts in zip(codes, printed)]
+    return [(process.returncode, *texts) for process, texts in zip(processes, printed)]
 
 
 def training(model, glyph_dir, folder, *more):
-    where = ["--dataset=glyphs", f"--data_dir={glyph_dir}", f"--checkpoint_dir={folder}"]
-    return [*TRAINING[model], *where, "--epochs=2", "--steps_per_epoch=6", *more]
+    """Return a script with its options: two epochs of two steps of two tasks."""
+    arguments = stress.training_job(model, glyph_dir, "--epochs=2", "--steps_per_epoch=2").arguments
+    where = [f"--checkpoint_dir={folder / 'checkpoints'}", "--device=cpu"]
+    return [f"train_{model}.py", *arguments, *where, *more]
 
 
 def train(count, model, glyph_dir, folder, *more, **patches):
-    return run(count, training(model, glyph_dir, folder / "checkpoints", *more), folder, **patches)
+    return run(count, *training(model, glyph_dir, folder, *more), **patches)
 
 
-def last_of(model, folder):
+def train_here(module, glyph_dir, folder, *more):
+    """Train in this process."""
+    arguments = training(module.__name__.removeprefix("train_"), glyph_dir, folder, *more)
+    module.main(parse_config(module.Config, arguments[1:]))
+
+
+def last_of(folder, model="protomaml"):
     return load_checkpoint(folder / "checkpoints" / "glyphs" / f"{model}_last.pt")
 
 
-def error_lines(results):
-    return [line for *_, errors in results for line in errors.splitlines() if "error: " in line]
+def the_error(results):
+    """Return the one line that is an error of the script, of all processes."""
+    (line,) = (
+        line for *_, errors in results for line in errors.splitlines() if ": error: " in line
+    )
+    assert not any("Traceback" in errors for *_, errors in results)
+    return line
 
 
 def assert_same_run(expected, found):
     compared, differing = stress.differences(expected / "checkpoints", found / "checkpoints")
-    assert compared >= 5 and not differing
+    assert compared == 5 and not differing
     assert not stress.temporary_files(found)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(glyph_dir, tmp_path_factory):
+    """Return the folder of a ProtoMAML run of two processes that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    results = train(2, "protomaml", glyph_dir, folder)
+    assert [code for code, *_ in results] == [0, 0], results
+    assert "best epoch" in results[0][1] and not any(results[1][1:])
+    return folder
 
 
 # The results of one process
 
 
-def watched_steps(count, dtype, model, glyph_dir, folder):
-    """Train in `count` processes; return for each step [gradients, [loss, accuracy, *statistics]].
-
-    In float64 20 steps, in float32 one.
-    """
-    sizes = (
-        ["--steps_per_epoch=10"] if dtype == "float64" else ["--steps_per_epoch=1", "--epochs=1"]
-    )
-    path, watch = folder / "notes.pt", WATCHED.format(dtype=dtype)
+def watched_steps(count, dtype, model, glyph_dir, folder, *more):
+    """Train; return for each step what is exchanged: (sums, [loss, accuracy, ...])."""
+    path, watch = folder / f"notes{count}.pt", WATCHED.format(dtype=dtype)
     save = SAVE_NOTES.format(path=str(path))
-    results = train(count, model, glyph_dir, folder, *sizes, before=watch, after=save)
+    folder = folder / f"{count}"
+    results = train(count, model, glyph_dir, folder, *more, before=watch, after=save)
     assert [code for code, *_ in results] == [0] * count, results
     return torch.load(path)
 
 
-def test_two_and_four_processes_find_the_gradients_and_statistics_of_one(glyph_dir, tmp_path):
-    results = [
-        watched_steps(count, "float32", "protomaml", glyph_dir, tmp_path / str(count))[0]
-        for count in (1, 2, 4)
-    ]
-    norm = torch.cat([gradient.flatten() for gradient in results[0][0]]).norm()
-    assert norm > 0.01
-    for result in results[1:]:
-        for expected, found in zip(results[0], result, strict=True):
-            difference = [(a - b).flatten() for a, b in zip(expected, found, strict=True)]
-            assert torch.cat(difference).norm() < 1e-6 * norm
-
-
-@pytest.mark.parametrize("model", ["protonet", "protomaml"])
-def test_the_loss_of_two_processes_takes_the_course_of_one(model, glyph_dir, tmp_path):
-    one, two = (
-        watched_steps(count, "float64", model, glyph_dir, tmp_path / str(count)) for count in (1, 2)
-    )
+def test_two_processes_find_the_gradients_the_statistics_and_the_losses_of_one(glyph_dir, tmp_path):
+    task = "float64", "protomaml", glyph_dir, tmp_path, "--steps_per_epoch=4", "--tasks_per_step=4"
+    one, two = (watched_steps(count, *task) for count in (1, 2))
+    assert len(one) == len(two) == 8
+    for expected, found in zip(one[0], two[0], strict=True):
+        norm = torch.cat([tensor.flatten() for tensor in expected]).norm()
+        difference = [(a - b).flatten() for a, b in zip(expected, found, strict=True)]
+        assert norm > 0.01 and torch.cat(difference).norm() < 1e-6 * norm
     losses, other_losses = ([loss.item() for _, (loss, *_) in steps] for steps in (one, two))
-    assert losses == pytest.approx(other_losses, abs=1e-6) and len(set(losses)) == 20
+    assert losses == pytest.approx(other_losses, abs=1e-6) and len(set(losses)) == 8
 
 
 def test_the_classifier_follows_the_mean_gradient_of_the_shares(glyph_dir, tmp_path, monkeypatch):
-    path = tmp_path / "notes.pt"
-    save = SAVE_NOTES.format(path=str(path))
-    watched = {"before": WATCHED.format(dtype="float32"), "after": save}
-    results = train(2, "classifier", glyph_dir, tmp_path / "two", **watched)
-    assert [code for code, *_ in results] == [0, 0], results
-    _, found = torch.load(path)[0]
+    sizes = ["--epochs=1", "--steps_per_epoch=1"]
+    _, found = watched_steps(2, "float32", "classifier", glyph_dir, tmp_path, *sizes)[0]
 
     class FirstStep(Exception):
         pass
@@ -216,13 +176,28 @@ def test_the_classifier_follows_the_mean_gradient_of_the_shares(glyph_dir, tmp_p
     shares = []
     for rank in range(2):
         monkeypatch.setenv("RANK", str(rank))
-        arguments = training("classifier", glyph_dir, tmp_path / f"rank{rank}")[1:]
         with pytest.raises(FirstStep) as caught:
-            train_classifier.main(parse_config(train_classifier.Config, arguments))
+            train_here(train_classifier, glyph_dir, tmp_path / f"rank{rank}")
         shares.append(caught.value.args[0])
     assert not torch.equal(shares[0][0], shares[1][0])
     for together, *own in zip(found, *shares, strict=True):
         assert torch.allclose(together.float(), sum(own) / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_a_test_by_two_processes_gives_the_bytes_of_one(uninterrupted, glyph_dir, tmp_path):
+    # At k = 13 there is one support set: the second process has none.
+    options = ["--dataset=glyphs", f"--models={uninterrupted}/checkpoints/glyphs", "--domains="]
+    options += [f"--data_dir={glyph_dir}", "--k_shots=2,13", "--finetune=protomaml"]
+    options += ["--finetune_steps=1", "--num_inner_steps=2", "--max_support_sets=3", "--device=cpu"]
+    here, there = (f"--results_dir={tmp_path / name}" for name in ("one", "two"))
+    evaluate.main(parse_config(evaluate.Config, [*options, here]))
+    results = run(2, "evaluate.py", *options, there)
+    assert [code for code, *_ in results] == [0, 0], results
+    assert not results[1][1] and not results[1][2]
+    for name in ("accuracy.json", "accuracy.csv", "models_glyphs.svg"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    rows = json.loads((tmp_path / "two" / "accuracy.json").read_text())
+    assert [row["num_support_sets"] for row in rows] == [3, 1, 3, 1, 12, 1]
 
 
 def test_the_shares_of_the_processes_are_all_tasks_once(monkeypatch):
@@ -230,244 +205,80 @@ def test_the_shares_of_the_processes_are_all_tasks_once(monkeypatch):
     shares = []
     for rank in range(3):
         monkeypatch.setenv("RANK", str(rank))
-        assert (process_rank(), process_count()) == (rank, 3)
-        shares += range(10)[share()]
-    assert sorted(shares) == list(range(10))
-
-
-@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
-def test_only_both_of_torchruns_variables_make_several_processes(name, monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setenv(name, "3")
-    assert (process_rank(), process_count(), list(range(3)[share()])) == (0, 1, [0, 1, 2])
+        shares += range(10)[my_slice()]
+    assert sorted(shares) == list(range(10)) and process_count() == 3
+    for name in ("RANK", "WORLD_SIZE"):  # only both make several processes
+        with monkeypatch.context() as patched:
+            patched.delenv(name)
+            assert (process_count(), my_slice()) == (1, slice(0, None, 1))
 
 
 def test_one_process_never_communicates(glyph_dir, tmp_path, monkeypatch):
-    def refuse(*arguments, **options):
-        raise AssertionError("torch.distributed was used")
-
     for name in ("init_process_group", "all_reduce", "broadcast_object_list"):
-        monkeypatch.setattr(distributed, name, refuse)
-    arguments = training("protonet", glyph_dir, tmp_path)[1:]
-    train_protonet.main(parse_config(train_protonet.Config, arguments))
+        monkeypatch.delattr(distributed, name)
+    train_here(train_protomaml, glyph_dir, tmp_path)
 
 
-# Signals, kills, errors
+# Kills, signals, errors
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(glyph_dir, tmp_path_factory):
-    """Return {model: folder of a run of two processes that nothing interrupted}."""
-    folders = {}
-    for model in ("protonet", "protomaml"):
-        folders[model] = tmp_path_factory.mktemp(model)
-        results = train(2, model, glyph_dir, folders[model])
-        assert [code for code, *_ in results] == [0, 0], results
-        assert "best epoch" in results[0][1] and not any(results[1][1:])
-    return folders
+def torchrun(*command):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    options = {"cwd": ROOT, "env": ENVIRONMENT, "stdout": PIPE, "stderr": PIPE, "text": True}
+    return subprocess.Popen([*launch, *command], **options)
 
 
-def test_a_signal_to_one_process_stops_both_after_the_same_step(uninterrupted, glyph_dir, tmp_path):
-    send = IN_STEP_5.format(what="os.kill(os.getpid(), signal.SIGTERM)")
-    results = train(2, "protonet", glyph_dir, tmp_path, before=send)
-    assert [code for code, *_ in results] == [143, 143], results
-    assert "--resume=true" in results[0][1].splitlines()[-1]
-    assert not results[1][1] and not results[1][2]
-    assert last_of("protonet", tmp_path)["step"] == 5
-    results = train(2, "protonet", glyph_dir, tmp_path, "--resume=true")
-    assert [code for code, *_ in results] == [0, 0], results
-    assert_same_run(uninterrupted["protonet"], tmp_path)
-
-
-def test_after_a_kill_the_other_process_ends_in_one_line_and_nothing_is_lost(
+def test_after_a_kill_the_other_process_ends_in_one_line_and_torchrun_resumes_the_run(
     uninterrupted, glyph_dir, tmp_path
 ):
-    kill = IN_STEP_5.format(what="os.kill(os.getpid(), signal.SIGKILL)")
-    begin = time.monotonic()
-    results = train(2, "protomaml", glyph_dir, tmp_path, before=kill)
-    assert time.monotonic() - begin < 60
+    results = train(2, "protomaml", glyph_dir, tmp_path, before=KILLED)
     assert [code for code, *_ in results] == [2, -signal.SIGKILL]
-    (line,) = error_lines(results)
-    assert "another process ended early" in line and "--resume=true" in line
-    assert "Traceback" not in results[0][2]
-    shutil.copytree(tmp_path, tmp_path.with_name("by_one"))
+    line = the_error(results)
+    assert "another process ended early" in line and "what was saved is intact" in line
+    assert last_of(tmp_path)["epoch"] == 1
 
-    results = train(2, "protomaml", glyph_dir, tmp_path, "--resume=true")
-    assert [code for code, *_ in results] == [0, 0], results
-    assert_same_run(uninterrupted["protomaml"], tmp_path)
-
-    # Another number of processes goes on, too: the same epochs, up to the order of sums.
-    ((code, printed, errors),) = train(
-        1, "protomaml", glyph_dir, tmp_path.with_name("by_one"), "--resume=true"
-    )
-    assert code == 0 and "step 4 of the next" in printed, errors
-    history = last_of("protomaml", tmp_path.with_name("by_one"))["history"]
-    expected = last_of("protomaml", tmp_path)["history"]
-    assert [row["epoch"] for row in history] == [1, 2]
-    assert history[0]["train_loss"] == pytest.approx(expected[0]["train_loss"], rel=0.05)
+    process = torchrun(*training("protomaml", glyph_dir, tmp_path, "--resume=true"))
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 0 and "resumed" in printed, errors
+    assert_same_run(uninterrupted, tmp_path)
 
 
-def command_of_test(uninterrupted, glyph_dir, results_dir):
-    """The command of a test. k = 9 has two support sets: one process of three has none."""
-    models = [
-        f"--{model}={folder / 'checkpoints/glyphs' / model}.pt"
-        for model, folder in uninterrupted.items()
-    ]
-    where = [f"--data_dir={glyph_dir}", f"--results_dir={results_dir}", "--dataset=glyphs"]
-    sizes = ["--k_shots=2,9", "--num_inner_steps=3", "--max_support_sets=3"]
-    return ["evaluate.py", *models, *where, *sizes, "--domains=", "--device=cpu"]
-
-
-@pytest.fixture(scope="module")
-def tested(uninterrupted, glyph_dir, tmp_path_factory):
-    """The results folder of a test by one process."""
-    folder = tmp_path_factory.mktemp("tested")
-    ((code, _, errors),) = run(
-        1, command_of_test(uninterrupted, glyph_dir, folder / "results"), folder
-    )
-    assert code == 0, errors
-    return folder / "results"
-
-
-def assert_same_results(expected, found):
-    for name in ("accuracy.json", "accuracy.csv", "accuracy.md", "classes_glyphs.csv"):
-        # The command under the table names the folder.
-        one, other = ((folder / name).read_text() for folder in (found, expected))
-        assert one.replace(str(found), "") == other.replace(str(expected), "")
-
-
-def test_a_test_by_three_processes_gives_the_bytes_of_one(
-    tested, uninterrupted, glyph_dir, tmp_path
-):
-    results = run(3, command_of_test(uninterrupted, glyph_dir, tmp_path / "results"), tmp_path)
-    assert [code for code, *_ in results] == [0, 0, 0], results
-    assert all(not printed and not errors for _, printed, errors in results[1:])
-    assert_same_results(tested, tmp_path / "results")
-    rows = json.loads((tmp_path / "results/accuracy.json").read_text())
-    assert {row["num_support_sets"] for row in rows if row["model"] == "protomaml"} == {3, 2}
-
-
-def test_a_kill_in_a_test_loses_no_finished_result(tested, uninterrupted, glyph_dir, tmp_path):
-    kill = """
-from common import kshot
-def adapted(*arguments):
-    if rank == 1 and arguments[5] == 9:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return adapted_as_ever(*arguments)
-adapted_as_ever, kshot.adapted_counts = kshot.adapted_counts, adapted
-"""
-    command = command_of_test(uninterrupted, glyph_dir, tmp_path / "results")
-    results = run(2, command, tmp_path, before=kill)
-    assert [code for code, *_ in results] == [2, -signal.SIGKILL]
-    assert len(error_lines(results)) == 1
-    kept = {path.read_bytes() for path in (tmp_path / "results/.cache").glob("*.json")}
-    assert len(kept) == 3  # the ProtoNet's two and the first of ProtoMAML
-    results = run(2, command, tmp_path)
-    assert [code for code, *_ in results] == [0, 0], results
-    assert results[0][1].count("reused") == 3
-    assert_same_results(tested, tmp_path / "results")
-
-
-def test_a_loss_that_is_no_number_in_one_process_stops_both_at_its_step(glyph_dir, tmp_path):
-    spoil = """
-import torch.nn.functional as F
-calls, cross_entropy = [], F.cross_entropy
-def spoiling(*arguments, **options):
-    calls.append(1)
-    loss = cross_entropy(*arguments, **options)
-    return loss * float("nan") if rank == 1 and len(calls) == 6 else loss
-F.cross_entropy = spoiling
-"""
-    results = train(2, "protonet", glyph_dir, tmp_path, before=spoil)
-    assert [code for code, *_ in results] == [2, 2]
-    (line,) = error_lines(results)
-    assert "the loss became nan in epoch 1, step 3;" in line  # two episodes in each process
-    assert last_of("protonet", tmp_path)["step"] == 0
-
-
-@pytest.mark.parametrize(
-    ("option", "expected"),
-    [
-        ("--resume=true", "there is nothing to resume"),
-        ("--device=mps", "cannot share device"),
-    ],
-)
-def test_what_all_processes_refuse_is_one_line(option, expected, glyph_dir, tmp_path):
-    results = train(2, "protonet", glyph_dir, tmp_path, option)
-    assert [code for code, *_ in results] == [2, 2]
-    (line,) = error_lines(results)
-    assert expected in line
-    assert "Traceback" not in "".join(errors for *_, errors in results)
-
-
-@pytest.mark.parametrize(
-    ("model", "name", "value", "fits"),
-    [
-        ("protonet", "episodes_per_step", 1, 3),
-        ("protomaml", "tasks_per_step", 4, 6),
-        ("classifier", "batch_size", 16, 18),
-    ],
-)
-def test_a_number_that_the_processes_do_not_divide_is_refused(
-    model, name, value, fits, glyph_dir, tmp_path, monkeypatch
-):
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setenv("RANK", "0")
-    trainer = TRAINERS[model]
-    arguments = training(model, glyph_dir, tmp_path, f"--{name}={value}")[1:]
-    with pytest.raises(UserError, match=f"{name} is {value}, .* pass --{name}={fits} or"):
-        trainer.main(parse_config(trainer.Config, arguments))
-
-
-def test_a_full_disk_ends_all_processes_in_one_line(glyph_dir, tmp_path):
-    fill = """
-import errno
-from common import files
-def fsync(number):
-    raise OSError(errno.ENOSPC, "No space left on device")
-os.fsync = fsync
-"""
-    results = train(2, "protonet", glyph_dir, tmp_path, before=fill)
-    assert [code for code, *_ in results] == [2, 2]
-    (line,) = error_lines(results)
-    assert "No space left on device" in line
-
-
-# torchrun
-
-
-def torchrun(glyph_dir, folder, *more):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    arguments = training("protonet", glyph_dir, folder / "checkpoints", *more)
-    return subprocess.Popen(
-        [*command, *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def test_torchrun_passes_a_signal_on_and_the_run_is_resumed(uninterrupted, glyph_dir, tmp_path):
-    process = torchrun(glyph_dir, tmp_path)
+def test_torchrun_passes_a_signal_on_and_one_process_can_resume_the_run(glyph_dir, tmp_path):
+    process = torchrun(*training("protomaml", glyph_dir, tmp_path, "--epochs=500"))
     seen = ""
-    while not re.search("[1-6]/6", seen):  # a step is done: both processes are in training
+    while "epoch 3/" not in seen:
         character = process.stderr.read(1)
         assert character, seen
         seen += character
     process.send_signal(signal.SIGTERM)
-    printed, _ = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert re.search(r"saved .*; go on with: torchrun .* --resume=true", printed)
-    assert last_of("protonet", tmp_path)["step"] >= 1
+    assert errors.count("train_protomaml.py: stopped; what was saved before is intact") == 1
+    done = last_of(tmp_path)["epoch"]
+    assert 2 <= done < 500
+    train_here(train_protomaml, glyph_dir, tmp_path, "--resume=true", f"--epochs={done + 1}")
+    assert [row["epoch"] for row in last_of(tmp_path)["history"]] == list(range(1, done + 2))
 
-    printed, errors = torchrun(glyph_dir, tmp_path, "--resume=true").communicate(timeout=60)
-    assert "resumed" in printed, errors
-    assert_same_run(uninterrupted["protonet"], tmp_path)
+
+def test_what_all_processes_refuse_is_one_line(glyph_dir, tmp_path):
+    results = train(2, "protomaml", glyph_dir, tmp_path, "--resume=true")
+    assert [code for code, *_ in results] == [2, 2]
+    assert "protomaml_last.pt" in the_error(results)
 
 
-def test_an_error_under_torchrun_is_one_line_of_the_script(glyph_dir, tmp_path):
-    _, errors = torchrun(glyph_dir, tmp_path, "--episodes_per_step=1").communicate(timeout=60)
-    assert len([line for line in errors.splitlines() if "train_protonet.py: error:" in line]) == 1
+def test_a_script_whose_work_cannot_be_shared_refuses_several_processes(glyph_dir, tmp_path):
+    results = train(2, "protonet", glyph_dir, tmp_path)
+    assert [code for code, *_ in results] == [2, 2]
+    assert "several processes cannot share its work" in the_error(results)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(train_protomaml, "tasks_per_step"), (train_classifier, "batch_size")]
+)
+def test_a_number_that_the_processes_do_not_divide_is_refused(
+    module, name, glyph_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match=f"3 processes cannot share .*{name}"):
+        train_here(module, glyph_dir, tmp_path, f"--{name}=16")
