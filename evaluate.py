@@ -130,7 +130,7 @@ ADAPTATION = {
 
 
 def main(cfg):
-    device = pick_device(cfg.device)
+    device = pick_device(cfg.device, cfg.precision)
     results_dir = cfg.results_dir or os.path.join("results", cfg.dataset)
     checkpoints = on_first(lambda: load_checkpoints(cfg))
     data, split, image_sets, failures = load_image_sets(cfg, checkpoints)

@@ -136,7 +136,7 @@ def train_step(cfg, encoder, class_prototypes, teacher, optimizer, images, label
 
 def main(cfg):
     equal_share(cfg, "batch_size")
-    device = pick_device(cfg.device)
+    device = pick_device(cfg.device, cfg.precision, training=True)
     torch.manual_seed(cfg.seed)
 
     data = load_training_data(cfg.dataset, cfg.data_dir, device, cfg.split, cfg.image_size)

@@ -188,7 +188,7 @@ def validation_step(cfg, encoder, workers, images, n_way):
 
 def main(cfg):
     own_tasks = equal_share(cfg, "tasks_per_step")
-    device = pick_device(cfg.device)
+    device = pick_device(cfg.device, cfg.precision, training=True)
     torch.manual_seed(cfg.seed)
 
     data = load_training_data(cfg.dataset, cfg.data_dir, device, cfg.split, cfg.image_size)

@@ -113,7 +113,7 @@ def train_step(cfg, encoder, optimizer, images):
 
 
 def main(cfg):
-    device = pick_device(cfg.device)
+    device = pick_device(cfg.device, cfg.precision, training=True)
     torch.manual_seed(cfg.seed)
 
     data = load_training_data(cfg.dataset, cfg.data_dir, device, cfg.split, cfg.image_size)

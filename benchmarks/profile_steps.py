@@ -60,7 +60,7 @@ def main(cfg):
     table = "Shares of a step's time", *zip(["", *names], *columns)
     about = [f"n = {cfg.repeats}, in float32: means of the shares, medians of the times"]
     suffix = "-profile" + "-quick" * cfg.quick
-    speed.report(cfg, suffix, "Where the time goes", about, [table])
+    speed.report(cfg, bench.device, suffix, "Where the time goes", about, [table])
 
 
 def one_step(bench, tasks, step):

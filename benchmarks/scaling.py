@@ -19,6 +19,7 @@ from speed import report, show_time
 
 from common import UserError
 from common.config import require, run_script
+from common.device import pick_device
 
 TRAIN = "--dataset=glyphs --epochs=1 --steps_per_epoch="
 TEST = "evaluate.py --models=checkpoints/quick/glyphs/protomaml.pt --dataset=glyphs --domains= "
@@ -44,6 +45,7 @@ class Config:
 
 
 def main(cfg):
+    device = pick_device(cfg.device)
     rows = []
     for name, line in LINES.items():
         # They take turns, so that a slow minute slows all of them.
@@ -58,7 +60,7 @@ def main(cfg):
         f"in brackets: how many times as fast as with {cfg.processes[0]}",
     ]
     table = ("Time with N processes", ("", *(f"N = {count}" for count in cfg.processes)), *rows)
-    report(cfg, "-scaling", "Several processes", about, [table])
+    report(cfg, device, "-scaling", "Several processes", about, [table])
 
 
 def seconds_per_step(cfg, count, command, sizes):

@@ -76,7 +76,7 @@ class Bench:
 
     def __init__(self, cfg, others=(), graphs=True):
         self.cfg, self.others, self.graphs = cfg, others, graphs
-        self.device = pick_device(cfg.device)
+        self.device = pick_device(cfg.device, training=True)
         self.gpu, self.on_cuda = self.device.type != "cpu", self.device.type == "cuda"
         self.data = load_training_data(cfg.dataset, cfg.data_dir, self.device)
         self.images = self.data.normalize(self.data.val.images)  # of the test
@@ -146,7 +146,7 @@ def main(cfg):
         "steps, and during those of the libraries; its test gets the images ready-made",
     ]
     tables = [(title, headings, *rows), growth_table(bench), memory]
-    report(cfg, "-quick" * cfg.quick, "Speed", about, tables)
+    report(cfg, bench.device, "-quick" * cfg.quick, "Speed", about, tables)
 
 
 def protonet_step(bench, encoder):
@@ -316,9 +316,9 @@ def memory_table(bench):
     return title, ("", *(f"n = {n:,}" for n in marks)), *rows
 
 
-def report(cfg, suffix, title, about, tables):
+def report(cfg, device, suffix, title, about, tables):
     """Print and write to <machine><suffix>.md what was done and tables (title, headings, *rows)."""
-    device, info = pick_device(cfg.device), Path("/proc/cpuinfo")  # no such file on macOS
+    info = Path("/proc/cpuinfo")  # no such file on macOS
     found = re.search(r"model name\s*: (.+)", info.read_text() if info.exists() else "")
     name = f"{os.cpu_count()}-core {found[1].strip() if found else platform.processor()}"
     name += f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""

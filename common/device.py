@@ -3,20 +3,24 @@
 import ctypes
 import os
 import re
+import shutil
 import sys
+from pathlib import Path
 
 import torch
 
 from common import UserError, first_line
-from common.parallel import process_count
+from common.parallel import is_first, process_count
 
 
-def pick_device(name):
+def pick_device(name, precision="float32", training=False):
     """Return the torch.device called `name` ("auto": CUDA where it is there, else the CPU).
 
-    Each process of torchrun gets a GPU of its own. On CUDA, float32 products may use TF32.
+    Prints what computes, and a line on what will be slow. Each process of torchrun gets a GPU of
+    its own. On CUDA, float32 products may use TF32; a training measures which kernels are fastest.
     Raises UserError where the device is not there, or cannot serve several processes.
     """
+    asked = name
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
@@ -39,10 +43,50 @@ def pick_device(name):
         torch.cuda.set_device(device.index or 0)
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True  # few shapes, each of them many times
+        # Worth it for few shapes, each of them many times; a test has others for each k.
+        torch.backends.cudnn.benchmark = training
     if device.type == "cpu":
         keep_freed_memory()
+    if is_first():
+        print("\n".join([f"device: {describe(device)}", *warnings_about(device, asked, precision)]))
     return device
+
+
+def describe(device):
+    """Return what computes, in words: the card or the CPU's threads, torch and its CUDA."""
+    what = {"cpu": f"CPU, {torch.get_num_threads()} threads", "mps": "Apple GPU (mps)"}
+    if device.type == "cuda":
+        what["cuda"] = f"{torch.cuda.get_device_name(device)} ({device})"
+    cuda = f"with CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    return f"{what[device.type]}; torch {torch.__version__}, {cuda}"
+
+
+def warnings_about(device, asked, precision):
+    """Return a line for each reason why a run on `device` may be slow, or fail."""
+    lines = []
+    if device.type == "mps":
+        lines.append("this was never tried on mps; the encoder computes channels first there")
+    if device.type == "cpu" and asked == "auto" and sees_nvidia_card():
+        reason = "cannot use it; update its driver, or install a torch for an older CUDA"
+        if not torch.version.cuda:
+            reason = "is built without CUDA; install one with"
+        url = "https://pytorch.org/get-started/locally"
+        lines.append(f"this machine has an NVIDIA card, but this torch {reason}: {url}")
+    if device.type == "cpu" and precision == "bfloat16" and not computes_bfloat16():
+        slow = "this CPU has no instructions for bfloat16, so it takes 4 to 8 times as long as"
+        lines.append(f"{slow} --precision=float32")
+    return [f"warning: {line}" for line in lines]
+
+
+def sees_nvidia_card():
+    """Return whether NVIDIA's driver is installed."""
+    return bool(shutil.which("nvidia-smi")) or os.path.exists("/proc/driver/nvidia/version")
+
+
+def computes_bfloat16(info="/proc/cpuinfo"):
+    """Return whether the CPU multiplies in bfloat16; True where the system does not say."""
+    names = r"\b(avx512_bf16|amx_bf16|bf16)\b"
+    return not os.path.exists(info) or bool(re.search(names, Path(info).read_text()))
 
 
 def keep_freed_memory():

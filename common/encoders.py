@@ -14,8 +14,7 @@ INITIAL_SCALE = 4.0  # length of the feature vectors where it is learned, before
 class Encoder(DenseNet):
     """torchvision's DenseNet, [B, 3, H, W] -> [B, proto_dim]; the defaults are the tutorial's.
 
-    With them it has 962,912 parameters, initialised from torch's global random number generator and
-    stored channels last, which convolutions on the CPU and on recent GPUs prefer.
+    With them it has 962,912 parameters, initialised from torch's global random number generator.
 
     unit_features: give every feature vector one learned length s. Between two such vectors a and b,
     -|a - b|^2 is, up to a constant, 2 s^2 times the cosine: the learned temperature of Chen et al.
@@ -47,10 +46,17 @@ class Encoder(DenseNet):
         if unit_features:
             self.log_scale = torch.nn.Parameter(torch.tensor(INITIAL_SCALE).log())
         self.num_features, self.arguments = proto_dim, arguments
-        self.to(memory_format=torch.channels_last)
+        self.to("cpu")
+
+    def to(self, *args, **kwargs):
+        """Move the encoder as any module; its weights are stored as convolutions there need it."""
+        super().to(*args, **kwargs)
+        return super().to(memory_format=memory_format_of(next(self.parameters()).device))
 
     def forward(self, images):
         """Return the features [B, proto_dim] of images [B, 3, H, W]."""
+        if memory_format_of(images.device) == torch.contiguous_format:
+            images = images.contiguous()
         in_bfloat16 = self.precision == "bfloat16"
         with torch.autocast(images.device.type, torch.bfloat16, in_bfloat16, cache_enabled=False):
             pooled = pooled_maps(self.features, images)
@@ -58,6 +64,16 @@ class Encoder(DenseNet):
         if self.log_scale is not None:
             features = F.normalize(features) * self.log_scale.exp()
         return features
+
+
+def memory_format_of(device):
+    """Return how an encoder computes on a device: channels last, except on mps.
+
+    Convolutions on the CPU and on recent GPUs prefer it. On mps, the BatchNorm of torch up to 2.12
+    has wrong gradients channels last, and the pooling ends the process
+    (https://github.com/pytorch/pytorch/issues/175189 and 175190).
+    """
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.models import DenseNet
 
+from common import encoders
 from common.data import SMALLEST_IMAGE
 from common.encoders import Encoder, encode_in_batches, with_principal_features
 from common.fast_densenet import conv1x1, conv3x3
@@ -128,6 +129,22 @@ def test_weights_are_stored_channels_last():
     for name, parameter in Encoder(**SMALL, unit_features=True).named_parameters():
         if parameter.dim() == 4:
             assert parameter.is_contiguous(memory_format=torch.channels_last), name
+
+
+def test_on_mps_the_encoder_computes_channels_first(monkeypatch):
+    images = torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    encoder = Encoder(**SMALL).eval()
+    expected, pooled_maps = encoder(images), encoders.pooled_maps
+
+    def checked(features, images):
+        for tensor in (images, *features.parameters()):
+            assert tensor.dim() < 4 or tensor.is_contiguous()
+        return pooled_maps(features, images)
+
+    layout = encoders.memory_format_of(torch.device("mps"))
+    monkeypatch.setattr(encoders, "memory_format_of", lambda device: layout)
+    monkeypatch.setattr(encoders, "pooled_maps", checked)
+    torch.testing.assert_close(encoder.to("cpu")(images), expected)
 
 
 def test_bfloat16_changes_features_little_and_leaves_weights_and_gradients_in_float32():

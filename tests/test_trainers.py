@@ -209,6 +209,9 @@ def test_validation_is_the_mean_over_fixed_episodes_of_the_validation_classes(
             copies = two_copies(encoder)
             results.append(train_protomaml.query_loss(cfg, encoder, copies, episode, 2))
         expected = tuple(sum(values).item() / 5 for values in zip(*results))
+        workers = Workers(CPU, 5, lambda: two_copies(encoder))
+        losses, _ = train_protomaml.validation_step(cfg, encoder, workers, images[episodes[:5]], 2)
+        assert not losses.requires_grad  # the graphs of all episodes would stay in memory
     else:
         expected = mean_loss(encode_in_batches(encoder, images), episodes, 2, 2)
     row = last["history"][-1]
