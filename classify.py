@@ -55,7 +55,7 @@ class Config:
     support: str = ""  # folder with one folder of labelled images per class; required
     images: str = ""  # folder of the images to classify; required
     # model
-    model: str = ""  # checkpoint of any kind; empty: your classifier, or the included one
+    model: str = ""  # checkpoint of any kind; empty: the first of yours, or the classifier
     # inner loop of MAML and ProtoMAML
     num_inner_steps: int = 0  # SGD steps on the support set; 0: as in training
     lr_inner: float = 0.0  # learning rate for the encoder; 0: as in training
@@ -82,6 +82,8 @@ def main(cfg):
         if not getattr(cfg, name):
             raise UserError(f"--{name}=FOLDER is missing; --help says what belongs into it")
     device, folder = pick_device(cfg.device), Path(cfg.images)
+    if folder.resolve() == Path(cfg.results_dir).resolve():
+        raise UserError("--results_dir is the folder of --images; pass another")
     path = cfg.model or find_checkpoints("cifar100")[0]  # a classifier, if there is one
     checkpoint = load_checkpoint(path)
     encoder = encoder_of(checkpoint, path).to(device)

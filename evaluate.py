@@ -25,6 +25,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import torch
 from tqdm import tqdm
@@ -77,7 +78,8 @@ class Config:
     def __post_init__(self):
         require(self, "k_shots and min(k_shots) >= 1", "len(set(k_shots)) == len(k_shots)")
         require(self, "views >= 1", "num_episodes >= 0", "n_way >= 2", "n_query >= 1")
-        require(self, "num_inner_steps != 0", *(f"{name} >= -1" for name in COLUMNS))
+        require(self, "num_inner_steps != 0", "finetune_lr == -1 or finetune_lr > 0")
+        require(self, *(f"{name} == -1 or {name} >= 0" for name in COLUMNS))
         require(self, "classes in ('test', 'val')", "precision in ('float32', 'bfloat16')")
         require(self, "dataset not in domains", "len(set(domains)) == len(domains)")
 
@@ -135,15 +137,16 @@ def main(cfg):
     checkpoints = on_first(lambda: load_checkpoints(cfg))
     data, split, image_sets, failures = load_image_sets(cfg, checkpoints)
 
-    rows = []
-    for image_set in image_sets:
-        test = partial(test_model, cfg, results_dir, image_set, device)
-        for model, checkpoint in checkpoints.items():
-            rows += test(model, checkpoint)
-            if model in cfg.finetune:
-                rows += test(f"{model}_finetuned", checkpoint)
-        # Nearest class mean on the pixels, normalised as for the first model: no learning at all.
-        rows += test("pixels", next(iter(checkpoints.values())))
+    models = []
+    for model, checkpoint in checkpoints.items():
+        tested = [model, *[f"{model}_finetuned"] * (model in cfg.finetune)]
+        models += [(name, checkpoint) for name in tested]
+    # Nearest class mean on the pixels, normalised as for the first model: no learning at all.
+    models.append(("pixels", models[0][1]))
+    for image_set, model, k_shot in product(image_sets, models, cfg.k_shots):
+        test_settings(cfg, *model, image_set, k_shot)  # raises now rather than after hours
+    test = partial(test_model, cfg, results_dir, device)
+    rows = [row for each, model in product(image_sets, models) for row in test(each, *model)]
     rows = [{**row, "split": split_name(split, data)} for row in rows]
 
     if is_first():
@@ -259,7 +262,7 @@ def test_settings(cfg, model, checkpoint, image_set, k_shot):
     return {**how, **other}
 
 
-def test_model(cfg, results_dir, image_set, device, model, checkpoint):
+def test_model(cfg, results_dir, device, image_set, model, checkpoint):
     """Return one result row per k, each kept on disk as soon as it is there, for the next run."""
     identity = {
         "protocol": PROTOCOL,

@@ -37,7 +37,7 @@ from common.data import load_training_data
 from common.device import pick_device
 from common.inner_loop import copy_weights, float_buffers, inner_loop
 from common.optimizer import make_optimizer, set_learning_rate, step_decay
-from common.parallel import Workers, all_gather, all_reduce, equal_share, my_slice
+from common.parallel import Workers, all_gather, all_reduce, equal_share, my_slice, process_count
 from common.prototypes import accuracy, episode_labels, make_prototypes, prototype_head
 from common.samplers import FewShotBatchSampler, validation_episodes
 from common.training_run import TrainingRun
@@ -188,6 +188,8 @@ def validation_step(cfg, encoder, workers, images, n_way):
 
 def main(cfg):
     own_tasks = equal_share(cfg, "tasks_per_step")
+    if 0 < cfg.val_episodes < process_count():
+        raise UserError(f"{process_count()} processes need at least as many --val_episodes")
     device = pick_device(cfg.device, cfg.precision, training=True)
     torch.manual_seed(cfg.seed)
 

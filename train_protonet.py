@@ -72,8 +72,8 @@ class Config:
     overwrite: bool = False  # discard the run that is there
 
     def __post_init__(self):
-        require(self, "n_way >= 2", "val_way >= 0", "k_shot >= 1", "n_query >= 1", "proto_dim >= 1")
-        require(self, "epochs >= 1", "steps_per_epoch >= 0", "lr > 0")
+        require(self, "n_way >= 2", "val_way == 0 or val_way >= 2", "k_shot >= 1", "n_query >= 1")
+        require(self, "proto_dim >= 1", "epochs >= 1", "steps_per_epoch >= 0", "lr > 0")
         require(self, "all(0 < share <= 1 for share in lr_drops)")
         require(self, "precision in ('float32', 'bfloat16')", "weight_decay >= 0", "seed >= 0")
 

@@ -147,4 +147,4 @@ def print_row(name, cells, heading=False):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(__doc__) if sys.argv[1:] else main()

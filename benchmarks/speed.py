@@ -60,10 +60,10 @@ class Config:
     dataset: str = "glyphs"  # its training and validation classes are used
     data_dir: str = os.environ.get("PATH_DATASETS", "data")  # folder of the data sets
     repeats: int = 5  # measurements per line, after one to warm up; the tables give medians
-    adapt_steps: int = 0  # inner steps of an adaptation; 0: 200 on a GPU, 20 on the CPU
+    adapt_steps: int = 0  # inner steps of an adaptation; 0: as many as suit the device
     quick: bool = False  # 2 repeats of small pieces of work, whose figures mean little
     device: str = "auto"  # auto, cuda, mps or cpu
-    results_dir: str = "benchmarks/results"  # where <machine>.md goes (<machine>-quick.md if quick)
+    results_dir: str = "benchmarks/results"  # where <machine>.md goes, or <machine>-quick.md
 
     def __post_init__(self):
         require(self, "repeats >= 1", "adapt_steps >= 0")

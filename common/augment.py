@@ -45,7 +45,8 @@ class AugmentedBatches:
     def __iter__(self):
         # On a GPU many steps at once, since starting an operation takes longer than the operation.
         size = self.drawn[0].shape[1]
-        at_once = 1 if self.images.device.type == "cpu" else max(1, 4096 // size)
+        pixels = size * self.images[0, 0].numel()  # of a step
+        at_once = 1 if self.images.device.type == "cpu" else max(1, 2**22 // pixels)
         for chunk in zip(*(numbers.split(at_once) for numbers in self.drawn)):
             indices, *views = (numbers.flatten(0, 1) for numbers in chunk)
             yield from self.data.normalize(augment(self.images[indices], *views)).split(size)

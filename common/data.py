@@ -207,7 +207,7 @@ def _download(name, root):
         return _read_download(name, str(root))
     except Exception as error:  # nearly anything: URLError, tarfile.ReadError, ValueError, ...
         found = f"{name} could not be downloaded ({type(error).__name__}: {error})"
-        how = f"put {_DOWNLOADS[name]} into {root}/, or {name}.npz into $PATH_DATASETS"
+        how = f"put {_DOWNLOADS[name]} or {name}.npz into {root}/"
         raise UserError(f"{found}; {how}") from error
 
 

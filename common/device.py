@@ -54,10 +54,11 @@ def pick_device(name, precision="float32", training=False):
 
 def describe(device):
     """Return what computes, in words: the card or the CPU's threads, torch and its CUDA."""
-    what = {"cpu": f"CPU, {torch.get_num_threads()} threads", "mps": "Apple GPU (mps)"}
+    threads = torch.get_num_threads()
+    what = {"cpu": f"CPU, {threads} thread{'s' * (threads > 1)}", "mps": "Apple GPU (mps)"}
     if device.type == "cuda":
         what["cuda"] = f"{torch.cuda.get_device_name(device)} ({device})"
-    cuda = f"with CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    cuda = f"built with CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     return f"{what[device.type]}; torch {torch.__version__}, {cuda}"
 
 
@@ -69,9 +70,9 @@ def warnings_about(device, asked, precision):
     if device.type == "cpu" and asked == "auto" and sees_nvidia_card():
         reason = "cannot use it; update its driver, or install a torch for an older CUDA"
         if not torch.version.cuda:
-            reason = "is built without CUDA; install one with"
+            reason = "is built without CUDA; install one that has it"
         url = "https://pytorch.org/get-started/locally"
-        lines.append(f"this machine has an NVIDIA card, but this torch {reason}: {url}")
+        lines.append(f"NVIDIA's driver is installed here, but this torch {reason}: {url}")
     if device.type == "cpu" and precision == "bfloat16" and not computes_bfloat16():
         slow = "this CPU has no instructions for bfloat16, so it takes 4 to 8 times as long as"
         lines.append(f"{slow} --precision=float32")
@@ -79,8 +80,9 @@ def warnings_about(device, asked, precision):
 
 
 def sees_nvidia_card():
-    """Return whether NVIDIA's driver is installed."""
-    return bool(shutil.which("nvidia-smi")) or os.path.exists("/proc/driver/nvidia/version")
+    """Return whether NVIDIA's driver is installed, and its cards are not hidden on purpose."""
+    driver = shutil.which("nvidia-smi") or os.path.exists("/proc/driver/nvidia/version")
+    return bool(driver) and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
 
 
 def computes_bfloat16(info="/proc/cpuinfo"):

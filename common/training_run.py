@@ -25,9 +25,9 @@ LOG_EVERY = 20  # steps between two looks at the loss: on a GPU a look waits for
 COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy")  # of the CSV
 # Config fields that do not affect the result: neither stored nor compared on resume.
 NOT_STORED = "recipe data_dir checkpoint_dir device cuda_graphs resume overwrite".split()
-# Fields that may differ when resuming. The files that a run starts from may have moved: what came
-# from them is in the state.
-MAY_CHANGE = ("epochs", "init_from", "split", "teacher")
+# Fields that may differ when resuming. These files may have moved: what came from them is in the
+# state, or compared with it.
+MAY_CHANGE = ("epochs", "init_from", "split")
 
 
 class TrainingRun:
@@ -125,6 +125,8 @@ class TrainingRun:
         plot_training_curves(self.history, title, tasks, f"{self.path}_curves")
         print(f"best epoch {best['epoch']}, {val_task} validation {best['val_accuracy']:.2%}")
         command = ["python", "evaluate.py", f"--dataset={dataset}", f"--models={self.path}.pt"]
+        if self.cfg.data_dir != os.environ.get("PATH_DATASETS", "data"):
+            command.append(f"--data_dir={self.cfg.data_dir}")
         print(f"wrote {self.path}.pt; next: {shlex.join(command)}")
 
     def _find_last(self):
@@ -154,6 +156,7 @@ class TrainingRun:
             for name, new in own["config"].items()
             if name not in MAY_CHANGE and before[name] != new
         ]
+        wrong += [f"there is no {name} any more" for name in last["config"].keys() - own["config"]]
         same = ("model", "data_digest", "class_split", "encoder")
         wrong += [f"{key} has changed" for key in same if last.get(key) != own[key]]
         if last["epoch"] > self.cfg.epochs:
@@ -173,6 +176,9 @@ class TrainingRun:
             # the learning rate follows from the epoch.
             own = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({**last["optimizer"], "param_groups": own})
+            for weight, state in self.optimizer.state.items():  # stored otherwise on mps
+                for name in ("exp_avg", "exp_avg_sq"):
+                    state[name] = torch.empty_like(weight).copy_(state[name])
             self.generator.set_state(last["generator"])
             torch.set_rng_state(last["torch_rng"])
             self.history, self.best = last["history"], last["best"]
@@ -224,10 +230,12 @@ class TrainingRun:
         return loss / max(self.step, 1), accuracy / max(self.step, 1)
 
     def _diverged(self, what, step):
+        advice = "start again with a lower learning rate and --overwrite=true"
+        if self.best and hasattr(self.cfg, "init_from"):
+            advice = f"start from the best epoch before, --init_from={self.path}.pt, in another "
+            advice += "--checkpoint_dir with a lower learning rate"
         return (
-            f"{what} became NaN or infinite in epoch {len(self.history) + 1}, step {step}; start "
-            f"from the best epoch before, --init_from={self.path}.pt, in another --checkpoint_dir "
-            "with a lower learning rate"
+            f"{what} became NaN or infinite in epoch {len(self.history) + 1}, step {step}; {advice}"
         )
 
 

@@ -268,7 +268,7 @@ def content_of(path):
 
 
 def damaged(whole, rng):
-    """Return the bytes with a bit flipped, cut off, zeroed, with more put in, or a part moved."""
+    """Return the bytes with a bit flipped, cut off, zeroed, with more put in, or a part copied."""
     size = rng.choice((1, 16, 512, 8192))
     start, other = (rng.randrange(max(1, len(whole) - size)) for _ in range(2))
     kind = rng.choice(("flip", "cut", "zero", "insert", "copy"))

@@ -311,6 +311,11 @@ def test_a_folder_that_is_not_named_or_not_there_is_asked_for(name, folders):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are Unicode there")
+def test_results_among_the_images_are_refused(folders):
+    with pytest.raises(UserError, match="--results_dir is the folder of --images"):
+        run_main(folders, f"--results_dir={folders / 'images'}")
+
+
 def test_a_file_name_that_is_no_text_is_shown_escaped(folders):
     one = next((folders / "images").iterdir())
     shutil.copy(one, os.fsencode(folders / "images") + b"/z\xe9.jpg")

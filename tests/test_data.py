@@ -556,6 +556,6 @@ def test_without_a_network_one_message_names_the_missing_file_and_where_it_goes(
     # torchvision makes a folder MNIST, which macOS and Windows also find under the name mnist.
     (tmp_path / name / "raw").mkdir(parents=True)
     (tmp_path / "test_32x32.mat").write_bytes(b"<html>Please log in</html>")
-    parts = f"{name} could not be downloaded", f"put {files} into {tmp_path}/", f"{name}.npz"
+    parts = f"{name} could not be downloaded", f"put {files} or ", f"{name}.npz into {tmp_path}/"
     message_of(name, tmp_path, *parts)
     assert not (tmp_path / f"{name}.npz").exists()

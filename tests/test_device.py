@@ -61,15 +61,16 @@ def test_several_processes_that_would_share_one_device_are_refused(name, monkeyp
 def test_the_first_line_names_the_device_and_torch(capsys):
     pick_device("cpu")
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"device: CPU, {torch.get_num_threads()} threads; torch ")
+    assert line.startswith(f"device: CPU, {torch.get_num_threads()} thread")
     assert torch.__version__ in line and "CUDA" in line
 
 
 @pytest.mark.parametrize("asked, lines", [("auto", 2), ("cpu", 1)])
 @pytest.mark.parametrize(
-    "cuda, advice", [(None, "install one with"), ("13.0", "update its driver")]
+    "cuda, advice", [(None, "install one that has it"), ("13.0", "update its driver")]
 )
 def test_a_card_that_torch_cannot_use_is_named(asked, lines, cuda, advice, monkeypatch, capsys):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(device.shutil, "which", lambda name: f"/usr/bin/{name}")

@@ -277,6 +277,11 @@ def test_fine_tuned_models_have_rows_of_their_own_and_settings_by_the_table(
 
     with pytest.raises(UserError, match=r"best has no k = 3; .* --k_shots out of 2,5"):
         evaluate_small(tmp_path, *options, "--k_shots=3")
+    monkeypatch.setitem(evaluate.ADAPTATION, "best", {"unseen": table["unseen"]})
+    with pytest.raises(UserError, match="best has no k = 3"):  # before anything is tested
+        evaluate_small(tmp_path / "new", *options, "--k_shots=3")
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setitem(evaluate.ADAPTATION, "best", table)
     # An option goes before the table.
     evaluate_small(tmp_path, *options, "--num_inner_steps=3", "--domains=")
     (row,) = (row for row in rows_of(tmp_path) if (row["model"], row["k_shot"]) == ("protomaml", 2))

@@ -282,3 +282,6 @@ def test_a_number_that_the_processes_do_not_divide_is_refused(
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(UserError, match=f"3 processes cannot share .*{name}"):
         train_here(module, glyph_dir, tmp_path, f"--{name}=16")
+    if module is train_protomaml:
+        with pytest.raises(UserError, match="3 processes need at least as many --val_episodes"):
+            train_here(module, glyph_dir, tmp_path, "--tasks_per_step=3", "--val_episodes=2")

@@ -348,6 +348,16 @@ def test_frozen_statistics_need_a_trained_encoder():
         train_protomaml.Config(batchnorm="frozen")
 
 
+@pytest.mark.parametrize(
+    "module, option",
+    [(train_protonet, "val_way=1"), (evaluate, "lr_inner=-0.5"), (evaluate, "finetune_lr=0")],
+)
+def test_numbers_that_would_mean_nothing_are_refused(module, option):
+    name = option.split("=")[0]
+    with pytest.raises(UserError, match=name):
+        parse_config(module.Config, [f"--{option}"])
+
+
 def test_what_a_run_prints_last_tests_what_it_trained(glyph_dir, tmp_path, capsys):
     path = train("protonet", glyph_dir, tmp_path / "my models", "--steps_per_epoch=1")
     command = capsys.readouterr().out.splitlines()[-1].split("; next: ")[1]
@@ -355,6 +365,7 @@ def test_what_a_run_prints_last_tests_what_it_trained(glyph_dir, tmp_path, capsy
     assert (python, script) == ("python", "evaluate.py")
     cfg = parse_config(evaluate.Config, options)
     assert (cfg.dataset, cfg.models) == ("glyphs", (str(path),))
+    assert cfg.data_dir == str(glyph_dir)
 
 
 # Memory

@@ -206,6 +206,11 @@ def test_resuming_something_else_names_the_differences(
     refused(r"lr was 0.0002 and is 0.001; seed was 42 and is 7; put", "--lr=1e-3", "--seed=7")
     refused("proto_dim was 64 and is 8; encoder has changed", "--proto_dim=8")
     refused("--resume=true.*--overwrite=true", "--overwrite=true")
+    path = unfinished / "glyphs" / "protonet_last.pt"
+    contents = load_checkpoint(path)
+    save_checkpoint(path, {**contents, "config": {**contents["config"], "temperature": 2.0}})
+    refused("there is no temperature any more")
+    save_checkpoint(path, contents)
     with np.load(glyph_dir / "glyphs.npz") as arrays:
         np.savez(tmp_path / "glyphs.npz", **{**arrays, "images": 255 - arrays["images"]})
     refused(r"_last.pt: data_digest has changed; put that back", data_dir=tmp_path)
@@ -213,10 +218,26 @@ def test_resuming_something_else_names_the_differences(
         patched.setattr(splits, "split_classes", lambda names: split_classes(names, seed=1))
         refused(r"_last.pt: class_split has changed; put that back")
     assert bytes_of(unfinished) == before
-    path = unfinished / "glyphs" / "protonet_last.pt"
     refused("maml_last.pt.* there is none", "--output_init=zeros", model="protomaml")
     path.rename(path.with_name("maml_last.pt"))
     refused("model has changed", "--output_init=zeros", model="protomaml")
+
+
+def test_a_run_does_not_go_on_without_its_teacher(uninterrupted, glyph_dir, tmp_path):
+    teacher = f"--teacher={uninterrupted['classifier'] / 'glyphs' / 'classifier.pt'}"
+    train("classifier", glyph_dir, tmp_path, teacher, "--epochs=1")
+    with pytest.raises(UserError, match="teacher was .* and is ''; put that back"):
+        train("classifier", glyph_dir, tmp_path, "--epochs=1", "--resume=true")
+
+
+def test_moments_stored_in_another_order_are_the_same(unfinished, uninterrupted, glyph_dir):
+    contents = last_of(unfinished)
+    for state in contents["optimizer"]["state"].values():
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = state[name].contiguous()  # as on mps
+    save_checkpoint(unfinished / "glyphs" / "protonet_last.pt", contents)
+    train("protonet", glyph_dir, unfinished, "--resume=true")
+    assert_same_run(uninterrupted["protonet"], unfinished)
 
 
 def test_an_option_added_after_the_run_began_had_its_default(unfinished, uninterrupted, glyph_dir):
