@@ -60,12 +60,13 @@ class InnerLoop:
         """
         local.train(self.batchnorm == "batch")
         copy_weights(encoder, local)
+        if self.output_init == "zeros":
+            return x_spt.new_zeros(n_way, encoder.num_features), x_spt.new_zeros(n_way)
         with torch.no_grad():
             features = local(x_spt)  # [N*K, D]
-        copy_weights(encoder, local)  # the pass has moved BatchNorm's statistics
-        if self.output_init == "prototypes":
-            return prototype_head(make_prototypes(features, n_way))
-        return features.new_zeros(n_way, features.shape[1]), features.new_zeros(n_way)
+            # The pass has moved BatchNorm's statistics.
+            torch._foreach_copy_(float_buffers(local), float_buffers(encoder))
+        return prototype_head(make_prototypes(features, n_way))
 
     def adapt(self, encoder, views, support, n_way, local):
         """Adapt `local`, a deep copy of the encoder, and an output layer to a support set.
