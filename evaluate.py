@@ -139,8 +139,9 @@ def main(cfg):
 
     models = []
     for model, checkpoint in checkpoints.items():
-        tested = [model, *[f"{model}_finetuned"] * (model in cfg.finetune)]
-        models += [(name, checkpoint) for name in tested]
+        models.append((model, checkpoint))
+        if model in cfg.finetune:
+            models.append((f"{model}_finetuned", checkpoint))
     # Nearest class mean on the pixels, normalised as for the first model: no learning at all.
     models.append(("pixels", models[0][1]))
     for image_set, model, k_shot in product(image_sets, models, cfg.k_shots):

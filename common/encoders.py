@@ -46,7 +46,7 @@ class Encoder(DenseNet):
         if unit_features:
             self.log_scale = torch.nn.Parameter(torch.tensor(INITIAL_SCALE).log())
         self.num_features, self.arguments = proto_dim, arguments
-        self.to("cpu")
+        self.to(memory_format=torch.channels_last)
 
     def to(self, *args, **kwargs):
         """Move the encoder as any module; its weights are stored as convolutions there need it."""
