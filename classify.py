@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import UserError
+from common import UserError, shown
 from common.augment import Views
 from common.checkpoint import encoder_of, find_checkpoints, load_checkpoint
 from common.config import require, run_script
@@ -39,10 +39,11 @@ from common.data import normalize
 from common.device import pick_device
 from common.encoders import encode_in_batches
 from common.figures import plot_contact_sheet
-from common.images import IMAGE_SUFFIXES, list_images, print_unused, read_folder, read_images, shown
+from common.files import require_writable
+from common.images import IMAGE_SUFFIXES, list_images, print_unused, read_folder, read_images
 from common.kshot import adaptation, mean_features, spread_evenly
 from common.parallel import Workers
-from common.prototypes import distance_logits
+from common.prototypes import distance_logits, make_prototypes
 from common.tables import classified_table, title_of, write_classified
 
 IMAGES_PER_SHEET = 100
@@ -95,12 +96,14 @@ def main(cfg):
     labels, class_names = torch.from_numpy(support["labels"]), support["class_names"].tolist()
     print_unused([folder], list_images(folder))
     errors = {}
-    images = read_images(list_images(folder), size, str(folder), errors)
+    bits = support["bits"]  # in use, of 16: those of the support images, if they have 16
+    images, bits = read_images(list_images(folder), size, str(folder), errors, bits)
     files = [file for file in list_images(folder) if file not in errors]
     for error in errors.values():
         print(f"skipped: {shown(error)}", file=sys.stderr)
     if not files:
         raise UserError(f"{folder} holds no image to classify ({', '.join(IMAGE_SUFFIXES)})")
+    require_writable(cfg.results_dir)
     normalized = partial(normalize, mean=checkpoint["mean"], std=checkpoint["std"])
     pixels = (torch.from_numpy(each).permute(0, 3, 1, 2) for each in (support["images"], images))
     support, images = (each.to(device) for each in pixels)
@@ -120,7 +123,7 @@ def main(cfg):
     print(f"unsure, with a probability below {100 * cfg.unsure:g} %: {unsure} of {len(rows)}")
     write_classified(rows, os.path.join(cfg.results_dir, "classified.csv"))
     row = checkpoint["model"] + ("_finetuned" if cfg.finetune_steps else "")
-    draw_contact_sheets(cfg, rows, files, class_names, title_of(row))
+    draw_contact_sheets(cfg, rows, files, class_names, title_of(row), bits)
     print(f"table and contact sheets: {cfg.results_dir}{os.sep}")
     return 1 if errors else 0
 
@@ -147,7 +150,7 @@ def by_nearest_prototype(encoder, support, labels, images, left_out):
     # On the CPU: not every device has float64.
     support = mean_features(encoder, support).cpu().double()  # [S, D]
     images = encode_in_batches(encoder, images).cpu().double()  # [N, D]
-    prototypes = torch.stack([support[labels == c].mean(dim=0) for c in labels.unique()])  # [C, D]
+    prototypes = make_prototypes(support, len(labels.unique()), labels)  # [C, D]
     logits = torch.cat([distance_logits(batch, prototypes) for batch in images.split(250)])
     # Without its feature vector f, a class of n images with the prototype p has the prototype
     # (n p - f) / (n - 1), which is n / (n - 1) times as far from f as p is.
@@ -183,22 +186,12 @@ def adapted_logits(encoder, views, support, labels, queries, how, local):
     support: indices of images, int64 [S]. Raises UserError where the adaptation diverges.
     """
     n_way, device = len(labels.unique()), queries.device
-    chosen = support[equal_shots(labels[support])].to(device)  # [C * K]
-    weight, bias = how.adapt(encoder, views, chosen, n_way, local)
+    task = support.to(device), labels[support].to(device)
+    weight, bias = how.adapt(encoder, views, *task, n_way, local)
     logits = F.linear(encode_in_batches(local.eval(), queries), weight, bias)
     if not logits.isfinite().all():
         raise UserError(f"{how} diverged; pass a lower learning rate or fewer steps")
     return logits.detach().cpu()
-
-
-def equal_shots(labels):
-    """Return positions in `labels`, class by class, of every class as many as the largest has.
-
-    Smaller classes repeat theirs, in order, and their prototypes are means with repeated images.
-    """
-    positions = [torch.nonzero(labels == c)[:, 0] for c in labels.unique()]
-    largest = max(map(len, positions))
-    return torch.cat([own[torch.arange(largest) % len(own)] for own in positions])
 
 
 def result_rows(files, class_names, logits):
@@ -227,7 +220,7 @@ def what_to_expect(logits, wanted):
     )
 
 
-def draw_contact_sheets(cfg, rows, files, class_names, model_name):
+def draw_contact_sheets(cfg, rows, files, class_names, model_name, bits):
     """Draw all images, by class and falling probability; remove sheets of an earlier run."""
 
     def path_of(number):
@@ -241,7 +234,7 @@ def draw_contact_sheets(cfg, rows, files, class_names, model_name):
     sheets = [pairs[i : i + IMAGES_PER_SHEET] for i in range(0, len(pairs), IMAGES_PER_SHEET)]
     for number, sheet in enumerate(sheets, 1):
         rows, files = zip(*sheet)
-        thumbnails = read_images(files, THUMBNAIL, "contact sheet")
+        thumbnails, _ = read_images(files, THUMBNAIL, "contact sheet", bits=bits or 16)
         title = f"{model_name}, sheet {number} of {len(sheets)}; "
         title += f"dashed: probability below {100 * cfg.unsure:g} %"
         plot_contact_sheet(thumbnails, rows, cfg.unsure, title, path_of(number))

@@ -21,7 +21,6 @@ import functools
 import hashlib
 import json
 import os
-import shlex
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -30,13 +29,13 @@ from itertools import product
 import torch
 from tqdm import tqdm
 
-from common import UserError, figures, kshot, tables
+from common import UserError, figures, kshot, shell_command, tables
 from common.augment import Views
 from common.checkpoint import content_digest, encoder_of, find_checkpoints, load_checkpoint
 from common.config import require, run_script, show
-from common.data import SOURCES, load_dataset, normalize
+from common.data import SOURCES, is_there, load_dataset, normalize
 from common.device import pick_device
-from common.files import sha256, write_text
+from common.files import require_writable, sha256, write_text
 from common.parallel import is_first, on_first, process_count
 from common.splits import split_classes, split_name
 
@@ -135,7 +134,7 @@ def main(cfg):
     device = pick_device(cfg.device, cfg.precision)
     results_dir = cfg.results_dir or os.path.join("results", cfg.dataset)
     checkpoints = on_first(lambda: load_checkpoints(cfg))
-    data, split, image_sets, failures = load_image_sets(cfg, checkpoints)
+    image_sets, val, trained_split, failures = load_image_sets(cfg, checkpoints)
 
     models = []
     for model, checkpoint in checkpoints.items():
@@ -144,16 +143,18 @@ def main(cfg):
             models.append((f"{model}_finetuned", checkpoint))
     # Nearest class mean on the pixels, normalised as for the first model: no learning at all.
     models.append(("pixels", models[0][1]))
-    for image_set, model, k_shot in product(image_sets, models, cfg.k_shots):
-        test_settings(cfg, *model, image_set, k_shot)  # raises now rather than after hours
+    for (image_set, k_shots), model in product(image_sets, models):
+        for k_shot in k_shots:
+            test_settings(cfg, *model, image_set, k_shot)  # raises now rather than after hours
+    on_first(partial(require_writable, results_dir))
     test = partial(test_model, cfg, results_dir, device)
-    rows = [row for each, model in product(image_sets, models) for row in test(each, *model)]
-    rows = [{**row, "split": split_name(split, data)} for row in rows]
+    rows = [row for each, model in product(image_sets, models) for row in test(*each, *model)]
+    rows = [{**row, "split": trained_split} for row in rows]
 
     if is_first():
         print(tables.text_table(rows, failures))
         tables.write_tables(rows, failures, results_dir, how_it_was_made(checkpoints))
-        draw_figures(cfg, results_dir, data.of_classes(split["val"]), image_sets, rows)
+        draw_figures(cfg, results_dir, val, rows)
         print(f"tables and figures: {results_dir}{os.sep}")
     return 1 if failures else 0
 
@@ -165,7 +166,8 @@ def load_checkpoints(cfg):
         checkpoint = load_checkpoint(path)
         model, trained_on = checkpoint["model"], checkpoint["dataset"]
         if trained_on != cfg.dataset:
-            raise UserError(f"{path} was trained on {trained_on}; pass --dataset={trained_on}")
+            dataset = shell_command(f"--dataset={trained_on}")
+            raise UserError(f"{path} was trained on {trained_on}; pass {dataset}")
         if model in checkpoints:
             both = f"{checkpoints[model]['path']} and {path}"
             raise UserError(f"{both} both hold a {model}; test one at a time, --models=FILE")
@@ -180,43 +182,64 @@ def load_checkpoints(cfg):
 def load_image_sets(cfg, checkpoints):
     """Load what is tested: the held-out classes of the training data set, and the unseen domains.
 
-    Returns (the training data set as an ImageSet, its class split, the ImageSets to test, {unseen
-    domain: why it cannot be tested}).
+    Returns (pairs of an ImageSet and the k that it allows, an ImageSet to draw an episode of, the
+    name of the class split of the training, {what cannot be tested: why}). Of several things, those
+    that can be tested are worth having. Raises UserError where nothing can.
     """
     first, *others = checkpoints.values()
-    data = on_first(partial(load_images, cfg, cfg.dataset, first["image_shape"]))
-    tutorials = split_classes(sorted(data.class_names))  # the files of the tutorial carry none
-    split = first["class_split"] or tutorials
+    shape, split = first["image_shape"], split_of_training(first, checkpoints)
     for other in others:
-        same_size = other["image_shape"] == first["image_shape"]
-        if not same_size or (other["class_split"] or tutorials) != split:
+        if other["image_shape"] != shape or split_of_training(other, checkpoints) != split:
             raise UserError(
                 f"{first['path']} and {other['path']} differ in classes or image sizes of their "
                 "training; test them one at a time, --models=FILE"
             )
-    for each in checkpoints.values():
-        # In the known ones the order of the images may differ.
-        if data.name not in SOURCES and each.get("data_digest") not in (None, data.digest()):
-            print(f"{data.name} has changed: {each['path']} may have been trained on test images")
-
-    image_sets, failures, domains = [data.of_classes(split[cfg.classes])], {}, cfg.domains
-    for k_shot in cfg.k_shots:  # raises now rather than after an hour
-        draw_tasks(cfg, image_sets[0], k_shot)
-    if domains == ("auto",):
-        domains = DEFAULT_DOMAINS.get(cfg.dataset, ())
-    for domain in domains:
+    domains = DEFAULT_DOMAINS.get(cfg.dataset, ()) if cfg.domains == ("auto",) else cfg.domains
+    found, failures, val, trained_split = [], {}, None, ""
+    for name in (cfg.dataset, *domains):
+        own = name == cfg.dataset
+        # Who tests a folder of their own need not download what the models were trained on.
+        download = not own or set(domains) <= set(SOURCES)
         try:
-            image_set = on_first(partial(load_images, cfg, domain, first["image_shape"]))
-            for k_shot in cfg.k_shots:
+            image_set = on_first(partial(load_images, cfg, name, shape, download))
+            if own:
+                split = split or split_classes(sorted(image_set.class_names))
+                # In the known ones the order of the images may differ.
+                digests = {each.get("data_digest") for each in checkpoints.values()} - {None}
+                if name not in SOURCES and digests - {image_set.digest()}:
+                    print(f"{name} has changed: models may have been trained on test images")
+                trained_split = split_name(split, image_set)
+                val = image_set.of_classes(split["val"])
+                image_set = image_set.of_classes(split[cfg.classes])
+        except UserError as error:
+            if own and not domains:
+                raise
+            failures[name] = str(error)
+            continue
+        allowed = []
+        for k_shot in cfg.k_shots:  # now rather than after an hour
+            try:
                 draw_tasks(cfg, image_set, k_shot)
-            image_sets.append(image_set)
-        except UserError as error:  # the rest is worth having
-            failures[domain] = str(error)
-    return data, split, image_sets, failures
+                allowed.append(k_shot)
+            except UserError as error:
+                failures[f"{name}, k = {k_shot}"] = str(error)
+        found += [(image_set, allowed)] if allowed else []
+    if not found:
+        raise UserError("; ".join(f"{name}: {why}" for name, why in failures.items()))
+    return found, val or found[0][0], trained_split, failures
 
 
-def load_images(cfg, name, shape):
+def split_of_training(checkpoint, checkpoints):
+    """Return a checkpoint's split; the tutorial's files carry none, theirs is that of the names."""
+    splits = [each["class_split"] for each in checkpoints.values()]
+    names = sorted(name for part in max(splits, key=len).values() for name in part)
+    return checkpoint["class_split"] or (split_classes(names) if names else {})
+
+
+def load_images(cfg, name, shape, download):
     """Return the ImageSet `name`, whose images must have the `shape` of training."""
+    if not download and not is_there(name, cfg.data_dir):
+        raise UserError(f"it is not in {cfg.data_dir}; to download it, pass --domains=")
     image_set = load_dataset(name, cfg.data_dir, shape[0])
     if (found := list(image_set.images.shape[2:])) != list(shape):
         raise UserError(f"the images of {name} are {found} pixels, {list(shape)} are needed")
@@ -263,7 +286,7 @@ def test_settings(cfg, model, checkpoint, image_set, k_shot):
     return {**how, **other}
 
 
-def test_model(cfg, results_dir, device, image_set, model, checkpoint):
+def test_model(cfg, results_dir, device, image_set, k_shots, model, checkpoint):
     """Return one result row per k, each kept on disk as soon as it is there, for the next run."""
     identity = {
         "protocol": PROTOCOL,
@@ -275,7 +298,7 @@ def test_model(cfg, results_dir, device, image_set, model, checkpoint):
         "data_sha256": image_set.digest(),
     }
     rows, missing = {}, {}
-    for k_shot in cfg.k_shots:
+    for k_shot in k_shots:
         settings = test_settings(cfg, model, checkpoint, image_set, k_shot)
         row = {**identity, "k_shot": k_shot, "settings": settings}
         key = json.dumps([row, checkpoint["mean"], checkpoint["std"]], sort_keys=True)
@@ -307,7 +330,7 @@ def test_model(cfg, results_dir, device, image_set, model, checkpoint):
             rows[k_shot] = row
             if is_first():
                 write_text(path, json.dumps({**row, "digest": content_digest(row)}) + "\n")
-    return [rows[k_shot] for k_shot in cfg.k_shots]
+    return [rows[k_shot] for k_shot in k_shots]
 
 
 def read_kept(path, wanted):
@@ -361,7 +384,7 @@ def prepare_test(cfg, encoder, checkpoint, image_set, n_way, bar):
 
 def how_it_was_made(checkpoints):
     """Return the command and the checkpoints of a test, as Markdown."""
-    lines = [f"\n    {shlex.join(['python', 'evaluate.py', *sys.argv[1:]])}\n"]
+    lines = [f"\n    {shell_command('python', 'evaluate.py', *sys.argv[1:])}\n"]
     for each in checkpoints.values():
         epochs = each["config"].get("epochs", "?")  # the tutorial's files do not say
         digest = each["file_sha256"][:12]
@@ -369,15 +392,17 @@ def how_it_was_made(checkpoints):
     return "\n".join(lines) + "\n"
 
 
-def draw_figures(cfg, results_dir, val, image_sets, rows):
-    """Draw an episode of the validation classes and, for each tested data set, accuracy over k."""
+def draw_figures(cfg, results_dir, val, rows):
+    """Draw an episode of the ImageSet `val` and, for each tested data set, accuracy over k."""
     where = partial(os.path.join, results_dir)
     n_way = min(5, len(val.class_names))
     if k_shot := min(4, torch.bincount(val.labels).min().item() // 2):
         episode = kshot.random_episodes(val.labels, n_way, k_shot, k_shot, 1, val.class_names)[0]
         figures.plot_episode(val, episode, n_way, k_shot, where("few_shot_batch"))
-    for name in [image_set.name for image_set in image_sets if len(cfg.k_shots) > 1]:
+    for name in dict.fromkeys(row["dataset"] for row in rows):
         of_set = [row for row in rows if row["dataset"] == name]
+        if len({row["k_shot"] for row in of_set}) == 1:
+            continue
         part = {"test": "Test", "val": "Validation", "all": "All"}[of_set[0]["classes"]]
         tested = tables.name_of(name, rows[0]["split"]) if name == cfg.dataset else name
         title = f"{part} classes of {tested}" + tables.variant(vars(cfg))

@@ -9,7 +9,7 @@ Tian et al. 2020, "Rethinking Few-Shot Image Classification", for the teacher).
     python train_classifier.py --recipe=best        then: learn from the teacher as well
     python train_classifier.py --recipe=fine        feature maps of twice the height and width
     python train_classifier.py --dataset=glyphs --epochs=8     the built-in data set
-    python train_classifier.py --resume=true        go on after a stop
+    python train_classifier.py --resume=auto        start, or go on after a stop
     python evaluate.py                              then: the k-shot test
 
 Writes checkpoints/<dataset>/classifier.pt (best epoch), classifier_last.pt (to resume),
@@ -78,7 +78,7 @@ class Config:
     precision: str = "float32"  # of the encoder: float32, or bfloat16, faster on some machines
     cuda_graphs: bool = True  # false: run CUDA steps eagerly, to debug one or to save memory
     checkpoint_dir: str = "checkpoints"  # checkpoints go to <checkpoint_dir>/<dataset>/
-    resume: bool = False  # go on with the unfinished run
+    resume: str = "false"  # true: go on with the unfinished run; auto: where there is one
     overwrite: bool = False  # discard the run that is there
 
     def __post_init__(self):
@@ -87,6 +87,7 @@ class Config:
         require(self, "weight_decay >= 0", "steps_per_epoch >= 0", "seed >= 0", "temperature > 0")
         require(self, "0 <= label_smoothing <= 1", "0 <= distillation_weight <= 1")
         require(self, "0 < min_crop_area <= 1", "0 <= color_jitter <= 1")
+        require(self, "resume in ('false', 'true', 'auto')")
         require(self, "precision in ('float32', 'bfloat16')")
 
 

@@ -10,7 +10,7 @@ from zeros.
     python train_protomaml.py --recipe=best                from the classifier, BatchNorm frozen
     python train_protomaml.py --dataset=glyphs --init_from=checkpoints/quick/glyphs/protonet.pt \\
         --epochs=1 --lr=3e-4                               the built-in data set
-    python train_protomaml.py --resume=true                go on after a stop
+    python train_protomaml.py --resume=auto                start, or go on after a stop
     python evaluate.py                                     then: the k-shot test
 
 Writes checkpoints/<dataset>/protomaml.pt (best epoch), protomaml_last.pt (to resume),
@@ -79,7 +79,7 @@ class Config:
     precision: str = "float32"  # of the encoder: float32, or bfloat16, faster on some machines
     cuda_graphs: bool = True  # false: run CUDA steps eagerly, to debug one or to save memory
     checkpoint_dir: str = "checkpoints"  # checkpoints go to <checkpoint_dir>/<dataset>/
-    resume: bool = False  # go on with the unfinished run
+    resume: str = "false"  # true: go on with the unfinished run; auto: where there is one
     overwrite: bool = False  # discard the run that is there
 
     def __post_init__(self):
@@ -89,6 +89,7 @@ class Config:
         require(self, "proto_dim >= 1", "val_episodes >= 0", "epochs >= 1", "steps_per_epoch >= 0")
         require(self, "precision in ('float32', 'bfloat16')", "batchnorm in ('batch', 'frozen')")
         require(self, "output_init in ('prototypes', 'zeros')", "seed >= 0")
+        require(self, "resume in ('false', 'true', 'auto')")
         require(self, "batchnorm == 'batch' or init_from")  # frozen: those of a trained encoder
 
 

@@ -9,7 +9,7 @@ classes then need no training: their prototypes are enough.
     python train_protonet.py --recipe=best          from the classifier, 20-way 1-shot episodes
     python train_protonet.py --init_from=FILE       start from a trained encoder of this project
     python train_protonet.py --dataset=glyphs --epochs=8 --lr=1e-3     the built-in data set
-    python train_protonet.py --resume=true          go on after a stop
+    python train_protonet.py --resume=auto          start, or go on after a stop
     python evaluate.py                              then: the k-shot test
 
 Writes checkpoints/<dataset>/protonet.pt (best epoch), protonet_last.pt (to resume), protonet.csv
@@ -68,7 +68,7 @@ class Config:
     precision: str = "float32"  # of the encoder: float32, or bfloat16, faster on some machines
     cuda_graphs: bool = True  # false: run CUDA steps eagerly, to debug one or to save memory
     checkpoint_dir: str = "checkpoints"  # checkpoints go to <checkpoint_dir>/<dataset>/
-    resume: bool = False  # go on with the unfinished run
+    resume: str = "false"  # true: go on with the unfinished run; auto: where there is one
     overwrite: bool = False  # discard the run that is there
 
     def __post_init__(self):
@@ -76,6 +76,7 @@ class Config:
         require(self, "proto_dim >= 1", "epochs >= 1", "steps_per_epoch >= 0", "lr > 0")
         require(self, "all(0 < share <= 1 for share in lr_drops)")
         require(self, "precision in ('float32', 'bfloat16')", "weight_decay >= 0", "seed >= 0")
+        require(self, "resume in ('false', 'true', 'auto')")
 
 
 RECIPES = {

@@ -4,11 +4,12 @@ import glob
 import hashlib
 import io
 import os
+import re
 import warnings
 
 import torch
 
-from common import UserError, first_line
+from common import UserError, first_line, shell_command
 from common.encoders import Encoder
 from common.files import atomic_file
 from common.splits import PARTS, split_classes
@@ -50,6 +51,7 @@ def load_checkpoint(path):
     The tutorial's Lightning files have no digest: they are read with a notice. Code inside a file
     is never run. Raises UserError where the file is missing, damaged, foreign or hostile.
     """
+    path = included_or(path)
     if not os.path.isfile(path):
         raise UserError(f"there is no checkpoint {path}; train one first, or pass another file")
     try:
@@ -68,10 +70,24 @@ def load_checkpoint(path):
                 raise TypeError(f"its {name!r} cannot be used")
         return contents
     except Exception as error:  # a bad file can raise anything here
+        if objects := re.search(r"(?:Unsupported global: GLOBAL|Trying to load) (\S+)", str(error)):
+            found = f"{path} holds more than tensors and plain values ({objects[1]}), and loading "
+            found += "it could run code of the file"
+            how = "save it again with plain values alone: str(path), float(number)"
+            raise UserError(f"{found}; {how}") from error
         raise UserError(
             f"{path} is damaged, or no checkpoint of this project ({type(error).__name__}: "
             f"{first_line(error)}); train again or pass another file"
         ) from error
+
+
+def included_or(path):
+    """Return `path`, or the file that comes with the project where only that exists.
+
+    So a script finds the included models from whatever folder it is called.
+    """
+    ours = os.path.join(os.path.dirname(INCLUDED), path)
+    return ours if os.path.exists(ours) and not os.path.exists(path) else path
 
 
 def find_checkpoints(dataset, named=()):
@@ -81,7 +97,7 @@ def find_checkpoints(dataset, named=()):
     """
     included = [os.path.join(INCLUDED, recipe, dataset) for recipe in ("best", "quick")]
     found = []
-    for path in named or (os.path.join("checkpoints", dataset), *included):
+    for path in map(included_or, named or (os.path.join("checkpoints", dataset), *included)):
         files = sorted(glob.glob(os.path.join(glob.escape(path), "*.pt")))
         # Those ending in _last are to resume from.
         found += [file for file in files if not file.endswith("_last.pt")]
@@ -91,7 +107,8 @@ def find_checkpoints(dataset, named=()):
             print(f"models: those in {path}{os.sep}")
             break
     if not found:
-        raise UserError(f"found no checkpoint for {dataset}; train one first, or name a file")
+        train = shell_command("python", "train_protonet.py", f"--dataset={dataset}")
+        raise UserError(f"found no checkpoint for {dataset}; train one ({train}) or name a file")
     return found
 
 

@@ -1,5 +1,6 @@
 """A script's `Config` from its defaults, a recipe and `--name=value`; its start and its end."""
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -22,21 +23,25 @@ def run_script(main, config_class, recipes=None, torchrun=True):
 
     recipes: {name: {field: value}} for `--recipe=name`. torchrun: whether several processes can
     share the work. The code is 2 after an error and 128 + the signal's number after Ctrl-C or
-    SIGTERM; either is one line (with `python -X dev` a library's error keeps its traceback). Of
-    several processes the first one prints, and an error is printed by the one that meets it first.
+    another signal that ends a run; either is one line (with `python -X dev` a library's error keeps
+    its traceback). Of several processes the first one prints, and an error is printed by the one
+    that meets it first.
     """
     script, stopped = os.path.basename(sys.argv[0]), "stopped; what was saved before is intact"
-    if not is_first():
-        sys.stdout = open(os.devnull, "w")
     if isinstance(sys.stdout, io.TextIOWrapper):  # class names may use any alphabet
         sys.stdout.reconfigure(errors="backslashreplace")
-    signal.signal(signal.SIGTERM, _raise_stop)
+    for name in ("SIGTERM", "SIGHUP", "SIGUSR1"):  # a cluster's notice; Windows has only the first
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(number, _raise_stop)
     try:
+        if not is_first():
+            sys.stdout = open(os.devnull, "w")
         if process_count() > 1 and not torchrun:
             raise UserError("several processes cannot share its work; start it without torchrun")
         cfg = parse_config(config_class, sys.argv[1:], recipes, inspect.getmodule(main).__doc__)
         if hasattr(cfg, "resume"):
-            stopped += "; add --resume=true to go on after the last whole epoch"
+            stopped += "; add --resume=auto to go on after the last whole epoch"
         for line in changed_values(cfg):
             print(line, flush=True)
         code = main(cfg) or 0
@@ -51,7 +56,7 @@ def run_script(main, config_class, recipes=None, torchrun=True):
             message += f"; python -X dev {script} ... shows where"
         code = _fail(f"{script}: error: {message}", 2)
     others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
-    if code and (process_count() > 1 or any(not thread.daemon for thread in others)):
+    if code and ("RANK" in os.environ or any(not thread.daemon for thread in others)):
         # Python would wait for the threads until they finish, an adaptation of a minute perhaps,
         # and torch.distributed for processes that have ended.
         sys.stderr.flush()
@@ -68,8 +73,10 @@ def _fail(message, code):
         sys.stdout.flush()
     except OSError:  # its disk is full, or whoever read it has gone: Python would try again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if is_first_to_fail():
-        print(message, file=sys.stderr)
+    with contextlib.suppress(UserError):  # of an environment that names no processes: `message`
+        if not is_first_to_fail():
+            return code
+    print(message, file=sys.stderr)
     return code
 
 
@@ -102,7 +109,17 @@ def parse_config(config_class, argv, recipes=None, doc=""):
     recipe = given.get("recipe", getattr(config_class, "recipe", ""))
     if recipes and recipe not in recipes:
         raise UserError(f"there is no recipe {recipe!r}; take one of {', '.join(recipes)}")
-    return config_class(**{**(recipes or {}).get(recipe, {}), **given})
+    cfg = config_class(**{**(recipes or {}).get(recipe, {}), **given})
+    for name in fields:
+        setattr(cfg, name, _with_home(getattr(cfg, name)))
+    return cfg
+
+
+def _with_home(value):
+    """Return text with a ~ at its beginning replaced by the user's folder; also of a tuple."""
+    if isinstance(value, tuple):
+        return tuple(map(_with_home, value))
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def read_value(text, kind):
@@ -113,7 +130,7 @@ def read_value(text, kind):
     if kind is bool:
         return ("false", "true").index(text.lower()) == 1
     if kind is str:
-        return os.path.expanduser(text)  # in --name=~/folder the shell leaves the ~ as it is
+        return text
     if kind is float and not math.isfinite(float(text)):
         raise ValueError(text)
     return kind(text)

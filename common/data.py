@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import UserError, first_line
-from common.files import atomic_file
+from common import UserError, first_line, shown
+from common.files import atomic_file, require_file_name
 from common.images import IMAGE_SUFFIXES, read_folder
 from common.parallel import on_first
 from common.splits import class_split, split_of
@@ -107,9 +107,7 @@ def load_dataset(name, data_dir, image_size=32):
     UserError where there is no such data, it is malformed, or a file's images have another size.
     """
     # A name that is a path, or longer than a file's name may be, never reaches the file system.
-    if name in ("", "..") or Path(name).name != name or len(name.encode()) > 200:
-        how = "pass a plain name, and the folder that holds it as --data_dir=FOLDER"
-        raise UserError(f"{name!r} is not the name of a data set; {how}")
+    require_file_name(name, "a data set in --data_dir=FOLDER")
     if image_size < SMALLEST_IMAGE:
         found = f"image_size is {image_size}, but the encoder needs at least {SMALLEST_IMAGE}"
         raise UserError(f"{found}; pass --image_size=32 or more")
@@ -137,6 +135,12 @@ def load_dataset(name, data_dir, image_size=32):
         found = f"images are {shape[1]}x{shape[0]} in {file}, not {image_size}x{image_size}"
         raise UserError(f"{found}; --image_size changes only images in a folder: put them into one")
     return data
+
+
+def is_there(name, data_dir):
+    """Return whether the data set `name` can be had from `data_dir` without a download."""
+    files = f"{name}.npz", Path(_DOWNLOADS.get(name, name)).name
+    return name not in _DOWNLOADS or any(Path(data_dir, file).exists() for file in files)
 
 
 def channel_statistics(train_set):
@@ -181,8 +185,11 @@ def _read_npz(file):
 def _image_set(name, arrays, source):
     """Return the ImageSet of these arrays. Raises UserError where they do not make up one."""
     images, labels, names = (arrays.get(key, np.empty(0)) for key in ARRAYS[:3])
+    if labels.ndim == 2 and labels.shape[1] == 1:  # as Keras and MedMNIST have them
+        labels = labels[:, 0]
     try:
-        class_names, wrong = names.tolist(), np.setxor1d(labels, np.arange(names.size)).tolist()
+        class_names = [shown(each) for each in names.tolist()]
+        wrong = np.setxor1d(labels, np.arange(names.size)).tolist()
     except (SystemError, TypeError, ValueError):  # no such character; labels that are dates
         class_names, wrong = [], []
     if wrong or not (

@@ -4,6 +4,7 @@ import contextlib
 import math
 import re
 import textwrap
+import warnings
 
 import numpy as np
 import torch
@@ -36,12 +37,41 @@ def new_figure(path, size, suffixes=(".png", ".svg")):
 
     # A class may be called "US$": no formula begins there. Without a random salt and a date in the
     # file, the same numbers give the same bytes.
-    with matplotlib.rc_context({"text.parse_math": False, "svg.hashsalt": "few-shot"}):
+    settings = {"text.parse_math": False, "svg.hashsalt": "few-shot"}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        # `find_fonts` says it.
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         figure = Figure(size)
         yield figure
+        find_fonts(figure)
         for suffix in suffixes:
             with atomic_file(path + suffix) as temporary:
                 figure.savefig(temporary, dpi=150, bbox_inches="tight", metadata={"Date": None})
+
+
+def find_fonts(figure):
+    """Give texts in which matplotlib's own font lacks a character those installed that have it.
+
+    Prints which characters no installed font has.
+    """
+    from matplotlib.font_manager import fontManager, get_font
+    from matplotlib.text import Text
+
+    texts = figure.findobj(Text)
+    missing = {c for text in texts for c in text.get_text() if not c.isspace()}
+    families, own = ["DejaVu Sans"], "DejaVu Sans"
+    fonts = [font for font in fontManager.ttflist if "Last Resort" not in font.name]  # boxes
+    for font in sorted(fonts, key=lambda font: (font.name != own, font.name)):
+        if missing and (found := missing & set(map(chr, get_font(font.fname).get_charmap()))):
+            missing -= found
+            families += [font.name] if font.name not in families else []
+    if len(families) > 1:
+        for text in texts:
+            text.set_fontfamily(families)
+    if missing:
+        some = "".join(sorted(missing))[:10]
+        how = "install one that has them, for example Noto Sans CJK (Debian: fonts-noto-cjk)"
+        print(f"no installed font has {len(missing)} characters of this figure ({some}): {how}")
 
 
 def style_of(row_name, row_names):

@@ -4,6 +4,7 @@ import contextlib
 import glob
 import hashlib
 import os
+import re
 import secrets
 import time
 
@@ -30,15 +31,41 @@ def atomic_file(path):
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        _replace(temporary, path)
     except OSError as error:
         raise UserError(
-            f"cannot write {path}: {error.strerror or error}; make it writable, free some space "
-            "there or choose another folder"
+            f"cannot write {path}: {error.strerror or error}; make it writable, close the program "
+            "that has it open, free some space there or choose another folder"
         ) from error
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
+
+
+def _replace(source, path):
+    """Rename a file; Windows refuses while a program, a virus scanner perhaps, has `path` open."""
+    for seconds in (0.1, 0.4, 1.5):
+        with contextlib.suppress(PermissionError):
+            return os.replace(source, path)
+        time.sleep(seconds)
+    os.replace(source, path)
+
+
+def require_writable(folder):
+    """Raise UserError where no file can be written into a folder, which need not be there yet."""
+    is_new, probe = not os.path.isdir(folder), os.path.join(folder, ".probe")
+    write_text(probe, "")
+    os.remove(probe)
+    if is_new:
+        os.rmdir(folder)
+
+
+def require_file_name(name, what):
+    """Raise UserError where a name cannot be one of a file on every system."""
+    odd = re.search(r'[<>:"/\\|?*\x00-\x1f]', name)
+    if odd or name in ("", ".", "..") or len(name.encode()) > 200:
+        how = 'pass a plain name, without any of < > : " / \\ | ? *'
+        raise UserError(f"{name!r} is not the name of {what}; {how}")
 
 
 def write_text(path, text):

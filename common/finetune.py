@@ -20,7 +20,7 @@ class FineTuning:
     finetune_steps: int
     finetune_lr: float
 
-    def adapt(self, encoder, views, support, n_way, local):
+    def adapt(self, encoder, views, support, y_spt, n_way, local):
         """Adapt `local`, a deep copy of the encoder, by ProtoNet episodes of the support set.
 
         Each step splits the support images of every class at random into a support and a query
@@ -36,7 +36,7 @@ class FineTuning:
         copy_weights(encoder, local.eval())
         optimizer = torch.optim.Adam(local.parameters(), self.finetune_lr)
         generator = torch.Generator().manual_seed(0)
-        by_class = support.view(n_way, -1)  # [N, K]
+        by_class = support[equal_shots(y_spt)].view(n_way, -1)  # [N, K]
         # Images of a class in each half; its only image is in both.
         half = max(1, min(by_class.shape[1] // 2, MAX_IN_HALF))
         labels = episode_labels(n_way, half, support.device)  # [N * half]
@@ -51,5 +51,16 @@ class FineTuning:
             F.cross_entropy(logits, labels).backward()
             optimizer.step()
         with torch.no_grad():
-            features = torch.cat([local(views.images_of(batch)) for batch in support.split(100)])
+            batches = by_class.flatten().split(100)
+            features = torch.cat([local(views.images_of(batch)) for batch in batches])
             return prototype_head(make_prototypes(features, n_way))
+
+
+def equal_shots(labels):
+    """Return positions in `labels`, class by class, of every class as many as the largest has.
+
+    Smaller classes repeat theirs, in order.
+    """
+    positions = [torch.nonzero(labels == c)[:, 0] for c in labels.unique()]
+    largest = max(map(len, positions))
+    return torch.cat([own[torch.arange(largest) % len(own)] for own in positions])

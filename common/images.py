@@ -1,8 +1,11 @@
 """People's photographs: folders of classes, images of any size, their pixels in one size."""
 
+import ast
 import contextlib
 import hashlib
 import os
+import re
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from common import UserError, first_line
+from common import UserError, first_line, shown
 from common.files import atomic_file
 from common.splits import PARTS, split_of
 
@@ -29,19 +32,20 @@ def read_folder(folder, size, file=None, kept=None):
     class_folders, files = _classes_of(folder)
     class_names, parts = [shown(path.name) for path in class_folders], None
     if class_folders[0].parent != folder:
-        parts = [path.parent.name for path in class_folders]
+        parts = [path.parent.name.lower() for path in class_folders]
         split_of(parts, class_names, folder)  # it is refused before the images are read, not after
+    _check_names(class_names, folder)
     paths = [path for own in files for path in own]
     state = _state_of(folder, paths, size)
     if kept and kept["folder_state"] == state:
-        print_copies(kept["images"], paths)
+        print_copies(kept["images"], paths, kept["labels"], class_names)
         return kept
     if kept:
         print(f"{folder}, or --image_size, changed since {file} was made; reading the images again")
     print_unused({folder, *class_folders, *(path.parent for path in class_folders)}, paths)
-    images = read_images(paths, size, str(folder))
+    images, bits = read_images(paths, size, str(folder))
     labels = np.repeat(np.arange(len(files), dtype=np.int64), list(map(len, files)))
-    print_copies(images, paths)
+    print_copies(images, paths, labels, class_names)
     print(f"{folder}: {len(paths):,} images in {len(files)} classes, brought to {size}x{size}")
     arrays = {"images": images, "labels": labels, "class_names": class_names, "folder_state": state}
     arrays |= {"split": parts} if parts else {}
@@ -52,21 +56,25 @@ def read_folder(folder, size, file=None, kept=None):
                 np.savez(temporary, **arrays)
     except UserError as error:
         print(f"{folder} will be read again at the next start: {error}")
-    return arrays
+    return arrays | {"bits": bits}
 
 
 def _classes_of(folder):
     """Return the folders of the classes, of two or more, and the paths of the images in each."""
     found = _folders_in(folder)
-    if {path.name for path in found} == set(PARTS):
-        found = [path for part in PARTS for path in _folders_in(folder / part)]
+    parts = {path.name.lower(): path for path in found}
+    if parts.keys() == set(PARTS) and len(found) == 3:
+        found = [path for part in PARTS for path in _folders_in(parts[part])]
     files = [list_images(path) for path in found]
     if len(found) < 2 or not all(files):
-        empty = [f"{path} holds no image" for path, own in zip(found, files) if not own]
+        empty = [path for path, own in zip(found, files) if not own] or [folder]
+        names = [shown(path.name) + "/" * path.is_dir() for path in list_folder(empty[0])]
+        inside = ", ".join(names[:3]) + (", ..." if names[3:] else "") or "it is empty"
+        what = f"has {len(found)} classes" if all(files) else "holds no image"
         raise UserError(
-            f"{empty[0] if empty else f'{folder} has {len(found)} classes'}, but at least 2 classes"
-            f" are needed, {folder}/<class>/ with images ({', '.join(IMAGE_SUFFIXES)}), or, for a "
-            "split, train/<class>/, val/<class>/ and test/<class>/; add images or remove the folder"
+            f"{shown(empty[0])} {what} ({inside}), but at least 2 classes are needed, {folder}/"
+            f"<class>/ with images ({', '.join(IMAGE_SUFFIXES)}), or, for a split, train/<class>/, "
+            "val/<class>/ and test/<class>/; move the images there, or remove an empty folder"
         )
     return found, files
 
@@ -75,8 +83,24 @@ def _folders_in(folder):
     return [path for path in list_folder(folder) if path.is_dir()]
 
 
+def _check_names(class_names, folder):
+    """Raise UserError where two classes cannot be told apart; say where some systems could not."""
+    seen = {}
+    for name in class_names:
+        twin = seen.setdefault(name.casefold(), name)
+        if twin is not name and twin == name:
+            found = f"{shown(folder)} has two folders {name!r}, their accents stored in two ways"
+            raise UserError(f"{found}; put their images into one")
+        if twin != name:
+            print(f"{twin!r} and {name!r} would be one folder on Windows and macOS")
+
+
 def _state_of(folder, paths, size):
-    """Return a digest of `size` and of the files as stat() sees them: an edit changes a time."""
+    """Return a digest of `size` and of the files as stat() sees them.
+
+    An edit changes a time. Two files that change places may share sizes and dates, but a file keeps
+    its number on the disk. A copied folder has other numbers, so it is read again, once.
+    """
     digest = hashlib.sha256(str(size).encode())
     for path in paths:
         try:
@@ -85,7 +109,8 @@ def _state_of(folder, paths, size):
             reason = f"{path} cannot be read: {error.strerror}"
             raise UserError(f"{reason}; replace or remove it") from error
         digest.update(os.fsencode(path.relative_to(folder)))
-        digest.update(f"\0{stat.st_size} {stat.st_mtime_ns}\n".encode())
+        facts = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+        digest.update(f"\0{facts}\n".encode())
     return digest.hexdigest()
 
 
@@ -104,7 +129,9 @@ def list_folder(folder):
 
 def list_images(folder):
     """Return the paths of a folder's images, sorted. Raises UserError as `list_folder` does."""
-    return [path for path in list_folder(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
+    named = [path for path in list_folder(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
+    # A link to nowhere stays, to be named as one that cannot be read; a FIFO would be waited for.
+    return [path for path in named if path.is_file() or not path.exists()]
 
 
 def print_unused(folders, used):
@@ -115,49 +142,57 @@ def print_unused(folders, used):
         print(f"not used: {', '.join(map(shown, paths[:5]))}{more}")
 
 
-def print_copies(images, paths):
-    """Print how many images [N, S, S, 3] have the pixels of an earlier one, if any."""
-    first, copies = {}, []
-    for image, path in zip(images, paths, strict=True):
-        earlier = first.setdefault(hashlib.sha256(image).digest(), path)
-        copies += [(path, earlier)] if earlier != path else []
-    if copies:
-        print(
-            f"{len(copies)} of {len(images)} images are copies of others, {shown(copies[0][0])} of "
-            f"{shown(copies[0][1])} for example: accuracy will be too high; remove them"
-        )
+def print_copies(images, paths, labels, class_names):
+    """Print which images [N, S, S, 3] have the pixels of an earlier one, within a class or not."""
+    first, within, between = {}, [], []
+    for number, image in enumerate(images):
+        earlier = first.setdefault(hashlib.sha256(image).digest(), number)
+        if earlier != number:
+            (within if labels[earlier] == labels[number] else between).append((number, earlier))
+    for found, what, why in (
+        (within, "copies of others", "accuracy will be too high; remove them"),
+        (between, "in two classes", "no model can be right on both; decide on one"),
+    ):
+        if found:
+            copy, of = (f"{shown(paths[n])} (class {class_names[labels[n]]!r})" for n in found[0])
+            example = f"{copy} is {of} for example"
+            print(f"{len(found)} of {len(images)} images are {what}, {example}: {why}")
 
 
-def shown(name):
-    """Return a name as text that can be printed and written: a file's name may hold any bytes."""
-    return str(name).encode(errors="backslashreplace").decode()
-
-
-def read_image(path, size):
+def read_image(path, size, bits=16, facts=None):
     """Return the middle of an image as uint8 [size, size, 3], RGB, its shorter side being `size`.
 
-    It is scaled with antialiasing and turned upright as its EXIF data say; what is transparent
-    becomes white. Raises UserError where it cannot be read.
+    It is scaled with antialiasing and turned upright as its EXIF data say. What is transparent
+    becomes white, or black where the drawing itself is nearly white. facts: gets "brightest", the
+    brightest of shades of 16 bits, and "frames", pages of a document or an animation; bits: how
+    many of the 16 are in use. Raises UserError where it cannot be read.
     """
     with _opened(path) as image:
         # A JPEG that is much larger than needed is decoded at 1/2, 1/4 or 1/8 of its size.
         image.draft(None, (2 * size, 2 * size))
-        image.load()
+        frames = getattr(image, "n_frames", 1)
+        if facts is not None and frames > 1 and image.format != "MPO":  # a photograph's preview
+            facts["frames"] = frames
+        deep = _in_8_bits(path, image, bits, {} if facts is None else facts)
+        deep.load()
         with contextlib.suppress(Exception):  # damaged EXIF data: the image stays as it lies
-            ImageOps.exif_transpose(image, in_place=True)
-        return np.array(ImageOps.fit(_as_rgb(image), (size, size)))  # antialiased
+            ImageOps.exif_transpose(deep, in_place=True)
+        return np.array(ImageOps.fit(_as_rgb(deep), (size, size)))  # antialiased
 
 
-def read_images(paths, size, title, errors=None):
-    """Return images as uint8 [N, size, size, 3], as `read_image` does, several at a time.
+def read_images(paths, size, title, errors=None, bits=None):
+    """Return (images uint8 [N, size, size, 3] as of `read_image`, bits); several at a time.
 
     title: of the progress bar on stderr. errors: a dict that gets {path: UserError} of the images
     that cannot be read, which are then missing in the result; without it the first one is raised.
+    bits: how many are in use where a channel has 16; None: as many as the brightest of all needs,
+    which is returned, or None where no image is such. Says of what only the first page is used.
     """
+    facts = {path: {} for path in paths}
 
     def attempt(path):
         try:
-            return read_image(path, size)
+            return read_image(path, size, bits or 16, facts[path])
         except UserError as error:
             if errors is None:
                 raise  # map() then cancels what has not begun
@@ -174,7 +209,18 @@ def read_images(paths, size, title, errors=None):
             else:
                 images[count] = image
                 count += 1
-    return images[:count]
+    deep = [each["brightest"] for each in facts.values() if "brightest" in each]
+    if deep and not bits:
+        bits = max(8, (max(deep).bit_length() + 1) // 2 * 2)  # 8, 10, 12, 14 or 16
+        found = f"images of 16 bits per channel: {len(deep)}"
+        print(f"{title}: {found}; the brightest needs {bits} of them, and all are scaled by that")
+        if bits < 16:
+            return read_images(paths, size, title, errors, bits)
+    if pages := {path: each["frames"] for path, each in facts.items() if "frames" in each}:
+        path, count = next(iter(pages.items()))
+        found = f"images of several pages or frames: {len(pages)}, {shown(path)} has {count}"
+        print(f"{title}: {found}; only the first of each is used")
+    return images[:count], bits
 
 
 @contextlib.contextmanager
@@ -188,17 +234,45 @@ def _opened(path):
         raise UserError(f"{reason}; replace or remove it") from error
 
 
-def _as_rgb(image):
+def _in_8_bits(path, image, bits, facts):
+    """Return an image of 16 bits per channel, `bits` of them in use, in 8; others as they are."""
     if image.mode == "F":
         raise ValueError("its pixels are floats, not 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16 bits of grey, which convert() would cut off at 255
-        shades = np.asarray(image)
-        if (brightest := shades.max()) > 255:
-            if not 2**14 <= brightest < 2**16:  # 12 bits, for example: nearly black
-                raise ValueError(f"its shades run to {brightest}, not to 255 or to 65535")
-            shades = shades // 256
-        image = Image.fromarray(shades.clip(0, 255).astype(np.uint8))
-    elif image.has_transparency_data:
+    if image.mode.startswith("I"):
+        shades = np.asarray(image, dtype=np.int64)
+    elif order := re.search("(RGBA?|LA)(;16[BLN])", repr(image.tile)):
+        shades = np.asarray(image, dtype=np.int64) * 256  # of colours Pillow reads the high byte
+        has_low = bits < 16 and order[1] != "LA"
+        shades += _low_bytes(path, order[2]) if has_low else 255
+    else:
+        return image
+    if shades.min() < 0 or shades.max() >= 2**bits:
+        found = f"its shades run from {shades.min()} to {shades.max()}"
+        raise ValueError(f"{found}, but those of its data set from 0 to {2**bits - 1}")
+    facts["brightest"] = int(shades.max())
+    deep = Image.fromarray((shades >> bits - 8).astype(np.uint8))
+    deep.info = image.info
+    return deep
+
+
+def _low_bytes(path, order):
+    """Return the low byte of every shade, 16 bits in that order: read as if it were the other."""
+    little = order == ";16L" or order == ";16N" and sys.byteorder == "little"
+    other = ";16B" if little else ";16L"
+    with Image.open(path) as image:
+        image.tile = [
+            tile._replace(args=ast.literal_eval(repr(tile.args).replace(order, other)))
+            for tile in image.tile
+        ]
+        return np.asarray(image)
+
+
+def _as_rgb(image):
+    if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        color, alpha = np.split(np.asarray(image, dtype=np.float32), [3], axis=2)
+        # Below 16 of 255 shades on average the drawing cannot be told from white paper.
+        white = ((255 - color) * alpha).sum() < 16 * 3 * alpha.sum()
+        ground = Image.new("RGBA", image.size, "black" if white else "white")
+        image = Image.alpha_composite(ground, image)
     return image.convert("RGB")

@@ -5,28 +5,30 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from common.prototypes import episode_labels, make_prototypes, prototype_head
+from common.prototypes import make_prototypes, prototype_head
 
 
-def inner_loop(local, weight, bias, x_spt, y_spt, num_inner_steps, lr_inner, lr_output):
+def inner_loop(
+    local, weight, bias, x_spt, y_spt, num_inner_steps, lr_inner, lr_output, class_weights=None
+):
     """Adapt a copy of the encoder, in place, and its output layer to a support set by SGD.
 
     local: a deep copy of the encoder; weight [N, D], bias [N]: the output layer to start from;
-    x_spt [N*K, 3, H, W]; y_spt int64 [N*K].
+    x_spt [N*K, 3, H, W]; y_spt int64 [N*K]; class_weights [N]: in the loss, None for equal ones.
     Returns the adapted (weight, bias). The steps are not differentiated: first-order MAML, Finn et
     al. 2017, section 5.2.
     """
     weight, bias = (tensor.detach().clone().requires_grad_() for tensor in (weight, bias))
     for _ in range(num_inner_steps):
-        inner_step(local, weight, bias, x_spt, y_spt, lr_inner, lr_output)
+        inner_step(local, weight, bias, x_spt, y_spt, lr_inner, lr_output, class_weights)
     return weight, bias
 
 
 @torch.enable_grad()  # also where the caller wants no gradient of its own
-def inner_step(local, weight, bias, x_spt, y_spt, lr_inner, lr_output):
+def inner_step(local, weight, bias, x_spt, y_spt, lr_inner, lr_output, class_weights=None):
     """Take one SGD step, in place: theta' = theta - lr_inner * gradient of the support loss."""
     theta = list(local.parameters())
-    loss = F.cross_entropy(F.linear(local(x_spt), weight, bias), y_spt)
+    loss = F.cross_entropy(F.linear(local(x_spt), weight, bias), y_spt, class_weights)
     *gradients, of_weight, of_bias = torch.autograd.grad(loss, [*theta, weight, bias])
     with torch.no_grad():
         torch._foreach_add_(theta, gradients, alpha=-lr_inner)  # all tensors in one call
@@ -53,10 +55,11 @@ class InnerLoop:
     output_init: str = "prototypes"
     batchnorm: str = "batch"
 
-    def start(self, encoder, x_spt, n_way, local):
+    def start(self, encoder, x_spt, n_way, local, y_spt=None):
         """Give `local`, a deep copy, the encoder's weights; return its output layer before a step.
 
-        x_spt [n_way * K, 3, H, W], class by class -> weight [n_way, D], bias [n_way].
+        x_spt [n_way * K, 3, H, W], class by class or with its labels y_spt -> weight [n_way, D],
+        bias [n_way].
         """
         local.train(self.batchnorm == "batch")
         copy_weights(encoder, local)
@@ -66,20 +69,26 @@ class InnerLoop:
             features = local(x_spt)  # [N*K, D]
             # The pass has moved BatchNorm's statistics.
             torch._foreach_copy_(float_buffers(local), float_buffers(encoder))
-        return prototype_head(make_prototypes(features, n_way))
+        return prototype_head(make_prototypes(features, n_way, y_spt))
 
-    def adapt(self, encoder, views, support, n_way, local):
+    def adapt(self, encoder, views, support, y_spt, n_way, local):
         """Adapt `local`, a deep copy of the encoder, and an output layer to a support set.
 
-        views: the Views of all images; support: indices of images, int64 [n_way * K], class by
-        class. Learns from all views of a support image. The encoder stays as it is.
+        views: the Views of all images; support: indices of images, int64 [S]; y_spt: their labels
+        in the task, int64 [S], each of 0..n_way-1, in any order. Learns from all views of an image,
+        and from each class alike, whatever its number of images. The encoder stays as it is.
         Returns (weight [n_way, D], bias [n_way]); the copy is in train mode after "batch".
         """
-        x_spt = views.images_of(support)
-        y_spt = episode_labels(n_way, len(x_spt) // n_way, x_spt.device)
-        head = self.start(encoder, x_spt, n_way, local)
+        support, y_spt = support[order := y_spt.argsort(stable=True)], y_spt[order]
+        x_spt, counts = views.images_of(support), torch.bincount(y_spt, minlength=n_way)
+        y_spt = y_spt.repeat_interleave(views.count)
+        if counts.min() == counts.max():
+            head, class_weights = self.start(encoder, x_spt, n_way, local), None
+        else:
+            head = self.start(encoder, x_spt, n_way, local, y_spt)
+            class_weights = counts.max() / counts.to(head[0].dtype)
         rates = self.lr_inner, self.lr_output
-        return inner_loop(local, *head, x_spt, y_spt, self.num_inner_steps, *rates)
+        return inner_loop(local, *head, x_spt, y_spt, self.num_inner_steps, *rates, class_weights)
 
 
 @torch.no_grad()

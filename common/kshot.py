@@ -22,7 +22,7 @@ from common.finetune import FineTuning
 from common.inner_loop import InnerLoop, inner_step
 from common.parallel import Workers, all_gather, my_slice
 from common.prototypes import episode_labels, make_prototypes, prototype_head
-from common.samplers import FewShotBatchSampler
+from common.samplers import FewShotBatchSampler, class_numbers, require_images
 
 
 def support_sets(labels, k_shot, class_names, max_sets=0):
@@ -31,7 +31,8 @@ def support_sets(labels, k_shot, class_names, max_sets=0):
     max_sets: take at most so many of them, evenly spread (0: all). Raises UserError where a class
     has no image left to be a query.
     """
-    _require_images(labels, k_shot + 1, class_names, f"k = {k_shot} and one query")
+    counts = torch.bincount(class_numbers(labels), minlength=len(class_names)).tolist()
+    require_images(counts, k_shot + 1, class_names, f"a test with k = {k_shot} and one query")
     sets = FewShotBatchSampler(labels, len(class_names), k_shot, shuffle=False).episodes()
     return spread_evenly(sets, max_sets)
 
@@ -50,12 +51,12 @@ def random_episodes(labels, n_way, k_shot, n_query, count, class_names):
     The classes of an episode are distinct, and so are its images. Raises UserError where there are
     too few classes or images.
     """
-    size, classes = k_shot + n_query, len(class_names)
+    size, classes, labels = k_shot + n_query, len(class_names), class_numbers(labels)
     if classes < n_way:
         raise UserError(f"found {classes} classes, {n_way} are needed; pass a smaller --n_way")
-    _require_images(labels, size, class_names, f"k = {k_shot} and {n_query} queries")
-    counts = torch.bincount(labels.cpu()).tolist()
-    images_of_class = torch.argsort(labels.cpu(), stable=True).split(counts)
+    counts = torch.bincount(labels, minlength=classes).tolist()
+    require_images(counts, size, class_names, f"an episode with k = {k_shot} and {n_query} queries")
+    images_of_class = torch.argsort(labels, stable=True).split(counts)
     generator = torch.Generator().manual_seed(0)
 
     def draw(available, wanted):
@@ -107,6 +108,7 @@ def nearest_prototype_accuracies(features, labels, tasks, n_way, k_shot, progres
         # 2 v.f - |v|^2 is a difference of large numbers: in TF32 the error would be noticeable.
         features = features.double()
     found = []
+    tasks = _in_order(tasks, labels, n_way, k_shot)
     for task in progress(tasks[my_slice()].to(features.device)):
         support, queries, y_qry = _split_task(task, labels, n_way, k_shot)
         weight, bias = prototype_head(make_prototypes(features[support], n_way))
@@ -131,7 +133,8 @@ def adapted_accuracies(
     device, num_support = views.images.device, n_way * k_shot
     workers = Workers(device, len(tasks), lambda: deepcopy(encoder))
     batch_size = max(1, (500 if device.type == "cpu" else 2000) // views.count)
-    own_tasks = tasks[my_slice()].to(device)
+    own_tasks = _in_order(tasks, labels, n_way, k_shot)[my_slice()].to(device)
+    y_spt = episode_labels(n_way, k_shot, device)
 
     @torch.no_grad()
     def classify(task, local, weight, bias):
@@ -144,7 +147,8 @@ def adapted_accuracies(
         return _accuracy(logits.unflatten(0, (-1, views.count)).mean(dim=1), y_qry)
 
     def adapt_and_classify(task, local):
-        return classify(task, local, *how.adapt(encoder, views, task[:num_support], n_way, local))
+        support = task[:num_support]
+        return classify(task, local, *how.adapt(encoder, views, support, y_spt, n_way, local))
 
     if graphs and device.type == "cuda" and isinstance(how, InnerLoop):
         models = _adapt_in_graph(encoder, views, own_tasks, n_way, k_shot, how, workers)
@@ -200,14 +204,19 @@ def half_width(std, count):
     return float(stats.t.ppf(0.975, count - 1)) * std / math.sqrt(count)
 
 
-def _require_images(labels, needed, class_names, what):
-    counts = torch.bincount(labels.cpu(), minlength=len(class_names))
-    if (fewest := counts.min().item()) < needed:
-        name = class_names[counts.argmin()]
-        raise UserError(
-            f"{what} need {needed} images of each class, found {fewest} of {name!r}; pass smaller "
-            "numbers, --k_shots=2,4 for example"
-        )
+def _in_order(tasks, labels, n_way, k_shot):
+    """Return the tasks; raise UserError where support or queries are not class by class."""
+    num_support, own = n_way * k_shot, labels.cpu()[tasks.cpu()]
+    parts = own.split([num_support, own.shape[1] - num_support], dim=1)
+    classes = parts[0][:, ::k_shot, None]  # [S, n_way, 1]
+    distinct = classes.sort(dim=1).values.diff(dim=1).all()
+    if not distinct or any(
+        (part.view(len(part), n_way, -1) != classes).any() for part in parts if part.numel()
+    ):
+        found = "the images of a task are not one class after the other"
+        needed = f"{n_way} classes of {k_shot} support images, then their queries likewise"
+        raise UserError(f"{found}; sort them: {needed}")
+    return tasks
 
 
 def _split_task(task, labels, n_way, k_shot):

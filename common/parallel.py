@@ -7,7 +7,8 @@ of the tasks, and sums over all tasks are exchanged. The first one alone reads a
 import atexit
 import itertools
 import os
-from concurrent.futures import ThreadPoolExecutor
+import sys
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
 from functools import partial
 from queue import SimpleQueue
@@ -74,7 +75,13 @@ class Workers:
 
 def process_count():
     """Return the number of processes that torchrun started, on all machines; else 1."""
-    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+    rank, count = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE"))
+    if rank is None or count is None:
+        return 1
+    if not (rank.isdecimal() and count.isdecimal() and int(rank) < int(count)):
+        found = f"RANK={rank} WORLD_SIZE={count} in the environment are no process of several"
+        raise UserError(f"{found}; start them with torchrun, or: unset RANK WORLD_SIZE")
+    return int(count)
 
 
 def is_first():
@@ -155,7 +162,12 @@ def _communicate(operation, *arguments):
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             # A process may wait hours for another one's adaptation, or for a download. A dead
             # process is noticed without a timeout, by its closed connection.
-            distributed.init_process_group(backend, timeout=timedelta(days=30))
+            start = partial(distributed.init_process_group, backend, timeout=timedelta(days=30))
+            starting = ThreadPoolExecutor(1).submit(start)  # Ctrl-C would not end it in this thread
+            if wait([starting], timeout=5).not_done:
+                text = f"waiting until all {process_count()} processes are there; Ctrl-C ends it"
+                print(text, file=sys.stderr, flush=True)
+            starting.result()
             atexit.register(distributed.destroy_process_group)
         operation(*arguments)
     except RuntimeError as error:

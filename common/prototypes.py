@@ -3,18 +3,28 @@
 import torch
 import torch.nn.functional as F
 
+from common import UserError
+
 
 def episode_labels(n_way, per_class, device=None):
     """Return the labels within an episode, int64 [n_way * per_class]: 0, ..., 0, 1, ..., 1, ..."""
     return torch.arange(n_way, device=device).repeat_interleave(per_class)
 
 
-def make_prototypes(support, n_way):
+def make_prototypes(support, n_way, labels=None):
     """Average the support features of each class.
 
-    support [n_way * K, D], class by class -> prototypes [n_way, D].
-    Snell et al. 2017, "Prototypical Networks for Few-shot Learning", equation 1.
+    support [n_way * K, D], class by class -> prototypes [n_way, D]. In another order, or with
+    classes of several sizes, pass their labels, int64 [S], each of 0..n_way-1.
+    Snell et al. 2017, "Prototypical Networks for Few-shot Learning", equation 1. Raises UserError
+    where the number of rows is no multiple of n_way and there are no labels.
     """
+    if labels is not None:
+        sums = support.new_zeros(n_way, support.shape[1]).index_add_(0, labels, support)
+        return sums / torch.bincount(labels, minlength=n_way)[:, None]
+    if len(support) % n_way:
+        found = f"{len(support)} support features cannot be {n_way} classes of the same size"
+        raise UserError(f"{found}; pass their labels to make_prototypes")
     return support.view(n_way, -1, support.shape[1]).mean(dim=1)
 
 

@@ -16,7 +16,7 @@ class FewShotBatchSampler:
 
     Usable as the batch_sampler of a DataLoader.
 
-    dataset_targets: int64 [num_images], the class of each image.
+    dataset_targets: int64 [num_images] or [num_images, 1], the class of each image.
     N_way, K_shot: classes per episode and support images per class.
     include_query: whether each episode also holds queries of the same classes, num_query of each
         (K_shot if None).
@@ -27,7 +27,8 @@ class FewShotBatchSampler:
     class_names: names for the error message, in the order of the sorted labels.
     seed: seed of the sampler's own `generator`; no other random number generator is read or moved.
 
-    Raises UserError for fewer classes than N_way, or a class with too few images for one episode.
+    Raises UserError for fewer classes than N_way, a class with too few images for one episode, a
+    number below 1, and targets of another shape.
     """
 
     def __init__(
@@ -49,20 +50,18 @@ class FewShotBatchSampler:
         self.shuffle = shuffle
         self.generator = torch.Generator().manual_seed(seed)
 
-        targets = torch.as_tensor(dataset_targets).cpu()
+        _require_one_or_more(
+            N_way=N_way, K_shot=K_shot, num_query=self.num_query if include_query else 1
+        )
+        targets = class_numbers(dataset_targets)
         classes, counts = (each.tolist() for each in torch.unique(targets, return_counts=True))
         if N_way > len(classes):
             raise UserError(
                 f"{N_way}-way episodes need {N_way} classes, found {len(classes)} (without those "
                 "held out); pass a smaller --n_way, or add classes"
             )
-        for name, count in zip(class_names or classes, counts):
-            if count < self.images_per_class:
-                raise UserError(
-                    f"class {name!r} has {count} images, but an episode needs "
-                    f"{self.images_per_class} of each class ({K_shot} support + {self.num_query} "
-                    "query); pass a smaller --k_shot or --n_query, or add images"
-                )
+        what = f"an episode of {K_shot} support + {self.num_query} query images"
+        require_images(counts, self.images_per_class, class_names or classes, what)
         self.images_of_class = torch.argsort(targets, stable=True).split(counts)
         chunks = [count // self.images_per_class for count in counts]
         self.chunks_of_class = _chunks_to_deal(chunks, N_way)
@@ -120,6 +119,34 @@ class FewShotBatchSampler:
 
     def _shuffled(self, count):
         return torch.randperm(count, generator=self.generator)
+
+
+def class_numbers(labels):
+    """Return labels of shape [N] or [N, 1] as a tensor [N] on the CPU; else raise UserError."""
+    labels = torch.as_tensor(labels).cpu()
+    if labels.ndim == 2 and labels.shape[1] == 1:  # as Keras and MedMNIST have them
+        labels = labels[:, 0]
+    if labels.ndim != 1:
+        found = f"labels have the shape {list(labels.shape)}, but one class number per image"
+        raise UserError(f"{found} is needed, [N]; pass labels.argmax(axis=1) if they are one-hot")
+    return labels
+
+
+def require_images(counts, needed, class_names, what):
+    """Raise UserError where a class has fewer images than needed; what: what needs them."""
+    if lacking := [count for count in counts if count < needed]:
+        name, fewest = class_names[counts.index(min(lacking))], min(lacking)
+        more = f"; {len(lacking)} of {len(counts)} classes have too few" if lacking[1:] else ""
+        raise UserError(
+            f"class {name!r} has {fewest} images, but {what} needs {needed} of each class{more}; "
+            f"take {fewest} in all at most, or add images"
+        )
+
+
+def _require_one_or_more(**numbers):
+    for name, number in numbers.items():
+        if number < 1:
+            raise UserError(f"{name} is {number}, but at least 1 is needed; pass another")
 
 
 def validation_episodes(image_set, n_way, k_shot, num_query):

@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from common import UserError
+from common import UserError, shown
 
 PARTS = ("train", "val", "test")
 # Validation and test classes of the papers' splits of CIFAR-100; all others are training classes.
@@ -65,9 +65,9 @@ def read_split(path, data):
     Raises UserError where it cannot be read, or does not fit the classes of an ImageSet.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:  # Notepad begins it with a mark
             content = json.load(file)
-        split = {part: list(map(str, content[part])) for part in PARTS}
+        split = {part: list(map(shown, content[part])) for part in PARTS}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(
             f"split {path!r} cannot be read ({error!r}); pass one of {', '.join(NAMES)} or a JSON "
@@ -109,7 +109,8 @@ def split_classes(class_names, seed=0):
     count = len(class_names)
     if count < 6:
         raise UserError(
-            f"found {count} classes, but at least 6 are needed, 2 per part; add classes"
+            f"found {count} classes, but at least 6 are needed, 2 each to train, validate and test,"
+            " and 9 for 5-way episodes; add classes, or use a trained model: python classify.py"
         )
     held_out = max(2, round(0.1 * count))
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()

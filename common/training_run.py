@@ -8,16 +8,16 @@ an epoch: whatever ends a run, it loses at most that one.
 import itertools
 import math
 import os
-import shlex
 import time
 from copy import deepcopy
 
 import torch
 from tqdm import tqdm
 
-from common import UserError, first_line
+from common import UserError, first_line, shell_command
 from common.checkpoint import FORMAT, is_finite, load_checkpoint, save_checkpoint
 from common.figures import plot_training_curves
+from common.files import require_file_name
 from common.parallel import is_first, on_first
 from common.tables import name_of, title_of, write_csv
 
@@ -49,6 +49,7 @@ class TrainingRun:
     def __init__(self, cfg, model, encoder, optimizer, generator, data, extra_module=None):
         self.cfg, self.model, self.encoder, self.optimizer = cfg, model, encoder, optimizer
         self.generator, self.extra_module, self.data = generator, extra_module, data
+        require_file_name(model, "a MODEL")
         self.path = os.path.join(cfg.checkpoint_dir, cfg.dataset, model)  # and .pt, _last.pt, ...
         self.history = []  # one dict per finished epoch, the rows of the CSV
         self.best = None  # the checkpoint of the best epoch so far
@@ -71,6 +72,9 @@ class TrainingRun:
     def progress(self, batches):
         """Yield the batches of an epoch, cfg.steps_per_epoch at most, with a progress bar."""
         self.num_steps = min(len(batches), self.cfg.steps_per_epoch or len(batches))
+        if self.cfg.steps_per_epoch > len(batches) and not self.history:
+            found = f"but the images give an epoch {len(batches)}, so it has those"
+            print(f"steps_per_epoch is {self.cfg.steps_per_epoch}, {found}")
         name = f"epoch {len(self.history) + 1}/{self.cfg.epochs}"
         options = {"leave": False, "dynamic_ncols": True, "disable": not is_first()}
         batches = itertools.islice(batches, self.num_steps)
@@ -127,24 +131,25 @@ class TrainingRun:
         command = ["python", "evaluate.py", f"--dataset={dataset}", f"--models={self.path}.pt"]
         if self.cfg.data_dir != os.environ.get("PATH_DATASETS", "data"):
             command.append(f"--data_dir={self.cfg.data_dir}")
-        print(f"wrote {self.path}.pt; next: {shlex.join(command)}")
+        print(f"wrote {self.path}.pt; next: {shell_command(*command)}")
 
     def _find_last(self):
         """Return the state to go on from, if any; raise UserError where another run is there."""
         cfg, last_path = self.cfg, f"{self.path}_last.pt"
         there = [path for path in (last_path, f"{self.path}.pt") if os.path.exists(path)]
+        resume = cfg.resume == "true" or cfg.resume == "auto" and last_path in there
         for name in ("init_from", "teacher"):
             if os.path.abspath(getattr(cfg, name, "")) in map(os.path.abspath, there):
                 raise UserError(f"this run would overwrite {name}; pass another --checkpoint_dir")
-        if cfg.resume and (cfg.overwrite or last_path not in there):
+        if resume and (cfg.overwrite or last_path not in there):
             found = "--overwrite=true discards it" if cfg.overwrite else "there is none"
-            raise UserError(f"--resume=true goes on with {last_path}, but {found}")
-        if there and not (cfg.resume or cfg.overwrite):
+            raise UserError(f"--resume={cfg.resume} goes on with {last_path}, but {found}")
+        if there and not (resume or cfg.overwrite):
             raise UserError(
                 f"{there[0]} is there, of an earlier run; add --resume=true to go on with it, "
                 "--overwrite=true to discard it, or pass another --checkpoint_dir"
             )
-        return load_checkpoint(last_path) if cfg.resume else None
+        return load_checkpoint(last_path) if resume else None
 
     def _restore(self, last):
         """Take up a loaded `_last.pt`, after a check that it fits this run's config and data."""
@@ -232,8 +237,9 @@ class TrainingRun:
     def _diverged(self, what, step):
         advice = "start again with a lower learning rate and --overwrite=true"
         if self.best and hasattr(self.cfg, "init_from"):
-            advice = f"start from the best epoch before, --init_from={self.path}.pt, in another "
-            advice += "--checkpoint_dir with a lower learning rate"
+            start = shell_command(f"--init_from={self.path}.pt")
+            advice = f"start from the best epoch before, {start}, in another --checkpoint_dir with "
+            advice += "a lower learning rate"
         return (
             f"{what} became NaN or infinite in epoch {len(self.history) + 1}, step {step}; {advice}"
         )

@@ -1,14 +1,18 @@
 """The checkpoint file: what is saved is loaded again; what cannot be used is refused by name."""
 
+import os
 import pickle
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import train_protonet
 from common import UserError, checkpoint
 from common.checkpoint import content_digest, encoder_of, find_checkpoints, load_checkpoint
 from common.encoders import Encoder
@@ -208,3 +212,22 @@ def test_named_files_and_folders_are_taken_as_they_are(tmp_path):
     assert named == [absent, str(folder / "a.pt"), str(folder / "b.pt"), last]
     with pytest.raises(UserError, match="found no checkpoint "):
         find_checkpoints("glyphs", (str(tmp_path),))
+
+
+@pytest.mark.parametrize("odd", [Path("a"), np.float64(1.5), {"deep": [np.arange(3)]}])
+def test_objects_beside_tensors_are_named_and_no_file_is_called_damaged(odd, tmp_path):
+    torch.save({"pytorch-lightning_version": "2", "odd": odd}, tmp_path / "x.ckpt")
+    with pytest.raises(UserError) as error:
+        load_checkpoint(tmp_path / "x.ckpt")
+    message = str(error.value)
+    assert re.search(r"holds more than tensors and plain values \((pathlib|numpy)", message)
+    assert "damaged" not in message and "\x1b" not in message and "save it again" in message
+
+
+def test_the_included_models_are_found_from_any_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (found,) = find_checkpoints("cifar100")[:1]
+    assert os.path.isabs(found) and load_checkpoint(found)
+    recipe = train_protonet.RECIPES["best"]["init_from"]
+    assert load_checkpoint(recipe)["model"] == "classifier"
+    assert len(find_checkpoints("glyphs", [os.path.join("checkpoints", "quick", "glyphs")])) == 3

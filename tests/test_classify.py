@@ -163,12 +163,10 @@ def test_leave_one_out_is_that_of_a_plain_loop(folders, capsys):
 
 
 def adapted_by_hand(encoder, support, labels, queries, how, normalize=lambda images: images):
-    """The logits of the queries; each class repeats its images up to the number of the largest."""
-    of_class = [[image for image, c in zip(support, labels) if c == n] for n in range(len(SHOTS))]
-    most = max(map(len, of_class))
-    chosen = [image for own in of_class for image in itertools.islice(itertools.cycle(own), most)]
-    views, everything = Views(torch.stack(chosen), normalize=normalize), torch.arange(len(chosen))
-    head = how.adapt(encoder, views, everything, len(SHOTS), local := deepcopy(encoder))
+    """The logits of the queries."""
+    views, labels = Views(torch.stack(list(support)), normalize=normalize), torch.tensor(labels)
+    task = torch.arange(len(labels)), labels, len(SHOTS)
+    head = how.adapt(encoder, views, *task, local := deepcopy(encoder))
     with torch.no_grad():
         return F.linear(local.eval()(queries), *head)
 

@@ -6,6 +6,7 @@ import io
 import os
 import re
 import signal
+import subprocess
 import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -99,6 +100,38 @@ def test_any_words_give_a_config_or_a_user_error(script, data):
         changed_values(cfg)
 
 
+def test_a_home_folder_is_meant_wherever_the_text_comes_from(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+
+    @dataclass
+    class AtTheTop:
+        folder: str = "~"
+        files: tuple[str, ...] = ("~/a", "b~")
+        count: int = 1
+
+    assert parse_config(AtTheTop, []) == AtTheTop("/home/ada", ("/home/ada/a", "b~"))
+    cfg = parse_config(AtTheTop, ["--folder=~/x", "--files=~,c"])
+    assert cfg == AtTheTop("/home/ada/x", ("/home/ada", "c"))
+
+
+def test_importing_a_script_changes_nothing():
+    script = f"""
+import signal, socket, sys, matplotlib, torch
+def state():
+    handlers = [signal.getsignal(number) for number in sorted(signal.valid_signals())]
+    modes = torch.get_default_dtype(), torch.get_num_threads(), torch.initial_seed()
+    return matplotlib.rcParams["backend"], socket.getdefaulttimeout(), sys.stdout, handlers, modes
+matplotlib.use("svg")
+torch.manual_seed(5)
+before = state()
+import {", ".join(SCRIPTS)}
+assert state() == before and "matplotlib.pyplot" not in sys.modules
+"""
+    folder = os.path.dirname(MODULES["evaluate"].__file__)
+    process = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True)
+    assert not process.returncode, process.stderr
+
+
 def test_options_win_over_the_recipe_and_the_recipe_over_the_defaults():
     for words, apples, weight in [
         ("--recipe=plain", 3, 0.5),
@@ -166,7 +199,6 @@ def test_a_value_out_of_range_is_one_sentence_with_name_value_and_condition(scri
 @pytest.fixture
 def run(monkeypatch, capsys):
     """A function: run a script whose `main` is `result`, or raises it; return code and output."""
-    handler = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(os, "_exit", sys.exit)  # the tests go on
 
     def run(result, *words, dev_mode=False):
@@ -182,8 +214,11 @@ def run(monkeypatch, capsys):
             run_script(main, Config)
         return caught.value.code, *capsys.readouterr()
 
+    signals = signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
+    handlers = [signal.signal(number, signal.SIG_DFL) for number in signals]
     yield run
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in zip(signals, handlers):
+        signal.signal(number, handler)
 
 
 def test_a_script_echoes_what_changed_and_ends_with_mains_code(run):
@@ -215,11 +250,33 @@ def test_a_bug_keeps_its_traceback_and_in_dev_mode_a_librarys_error_too(run):
     assert run(UserError("empty"), dev_mode=True) == (2, "", "script.py: error: empty\n")
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "number, code",
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)],
+)
 def test_a_signal_ends_the_script_at_once_with_one_line_and_its_code(number, code, run):
-    line = "script.py: stopped; what was saved before is intact; add --resume=true to go on after"
+    line = "script.py: stopped; what was saved before is intact; add --resume=auto to go on after"
     found = run(lambda cfg: signal.raise_signal(number))
     assert found == (code, "", f"{line} the last whole epoch\n")
+
+
+def test_a_signal_that_is_ignored_or_not_known_stays_so(run, monkeypatch):
+    monkeypatch.delattr(signal, "SIGUSR1")  # as on Windows
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as by nohup
+    assert run(lambda cfg: signal.raise_signal(signal.SIGHUP))[0] == 0
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("rank, count", [("0", ""), ("", "2"), ("2", "2"), ("-1", "2"), ("0", "x")])
+def test_processes_that_a_cluster_left_in_the_environment_are_one_line(
+    rank, count, run, monkeypatch
+):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", count)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    code, _, line = run(lambda cfg: 0)
+    assert code == 2 and line.count("\n") == 1 and f"RANK={rank} WORLD_SIZE={count} " in line
+    assert "unset RANK WORLD_SIZE" in line
 
 
 def test_what_the_terminal_cannot_print_is_escaped(run, monkeypatch):

@@ -16,6 +16,7 @@ from common import kshot
 from common.augment import Views
 from common.cuda_graph import WARM_UP, CudaGraphStep
 from common.inner_loop import InnerLoop
+from common.prototypes import episode_labels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # While a graph is recorded, CUDA refuses what reads a value on the host (a number, how many entries
@@ -139,7 +140,8 @@ def test_replayed_inner_steps_of_a_test_adapt_to_the_same_bits(output_init, batc
     for number, (task, local, *head) in enumerate(adapted):
         assert torch.equal(task, sets[number])
         plain = deepcopy(encoder)
-        expected = [*how.adapt(encoder, views, task, 3, plain), *plain.state_dict().values()]
+        head = how.adapt(encoder, views, task, episode_labels(3, 2), 3, plain)
+        expected = [*head, *plain.state_dict().values()]
         found = [*head, *local.state_dict().values()]
         assert all(map(torch.equal, found, expected))
     assert number == 3 and Tape.replays == 2 * 8 - WARM_UP - 1

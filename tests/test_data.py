@@ -246,7 +246,8 @@ def test_it_is_said_how_large_images_were_what_is_not_used_and_what_is_there_twi
         f"{folder}/{name}" for name in ("bee/more", "bee/photo.heic", "notes.txt")
     )
     copy, first = folder / "bee" / "zz copy.png", folder / "bee" / "0.png"
-    assert copies.startswith(f"1 of 7 images are copies of others, {copy} of {first} for example")
+    expected = f"1 of 7 images are copies of others, {copy} (class 'bee') is {first} (class 'bee')"
+    assert copies.startswith(expected) and "too high" in copies
     assert read == f"{folder}: 7 images in 2 classes, brought to 32x32"
 
 
@@ -263,7 +264,40 @@ def test_less_than_two_classes_or_an_empty_one_are_refused(tmp_path):
     message_of("mine", tmp_path, f"{folder / 'cat'} holds no image", ".jpg, .jpeg, .png")
 
 
-@pytest.mark.parametrize("make", [Path.touch, Path.mkdir, lambda path: path.symlink_to("absent")])
+@pytest.mark.parametrize(
+    "inside, found",
+    [
+        ("mine/mine/{}/x.png", "mine/mine holds no image (ant/, bee/)"),
+        ("mine/{}/photos/x.png", "mine/ant holds no image (photos/)"),
+        ("mine/{}/x.heic", "mine/ant holds no image (x.heic)"),
+    ],
+)
+def test_what_lies_in_place_of_images_is_said(inside, found, tmp_path):
+    for name in ("ant", "bee"):
+        path = tmp_path / inside.format(name)
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"")
+    message_of("mine", tmp_path, found, f"{tmp_path / 'mine'}/<class>/", "train/<class>/")
+
+
+def test_names_are_compared_in_one_form_and_twins_are_named(tmp_path, capsys):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    save_images(tmp_path / "mine", ("bell\x07", decomposed))
+    assert load_dataset("mine", tmp_path).class_names == ["bell\\x07", composed]
+    save_images(tmp_path / "mine", ("Bee", "bee"))
+    load_dataset("mine", tmp_path)
+    assert "'Bee' and 'bee' would be one folder on Windows" in capsys.readouterr().out
+    save_images(tmp_path / "mine", (composed,))
+    message_of("mine", tmp_path, f"two folders {composed!r}", "into one")
+
+
+def test_a_column_of_labels_in_a_file_is_read_as_the_labels(tmp_path):
+    stored = arrays()
+    np.savez(tmp_path / "mine.npz", **stored | {"labels": stored["labels"][:, None]})
+    assert load_dataset("mine", tmp_path).labels.tolist() == stored["labels"].tolist()
+
+
+@pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to("absent")])
 def test_an_unreadable_image_is_named_and_nothing_is_kept(tmp_path, make):
     save_images(tmp_path / "mine")
     path = tmp_path / "mine" / "bee" / "2.png"
@@ -329,6 +363,42 @@ def test_a_changed_folder_is_read_again_and_a_line_says_so(tmp_path, what, no_re
     assert_same_data(load_dataset("mine", tmp_path), data)
 
 
+def exchange(one, other):
+    one.rename(one.with_name("aside"))
+    other.rename(one)
+    one.with_name("aside").rename(other)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: exchange(folder / "ant", folder / "bee"),
+        lambda folder: exchange(folder / "ant" / "0.bmp", folder / "bee" / "0.bmp"),
+        lambda folder: shutil.copy2(folder / "ant" / "0.bmp", folder / "bee" / "0.bmp"),
+    ],
+)
+def test_files_of_equal_size_and_date_that_change_places_are_noticed(change, tmp_path):
+    save_images(tmp_path / "mine")
+    for path in (tmp_path / "mine").glob("*/*.png"):  # all equally large
+        Image.open(path).save(bitmap := path.with_suffix(".bmp"))
+        os.utime(bitmap, ns=(10**9, 10**9))
+        path.unlink()
+    load_dataset("mine", tmp_path)
+    change(tmp_path / "mine")
+    found = load_dataset("mine", tmp_path)
+    (tmp_path / "mine.npz").unlink()
+    assert_same_data(found, load_dataset("mine", tmp_path))
+
+
+def test_an_image_in_two_classes_is_named_with_both(tmp_path, capsys):
+    save_images(folder := tmp_path / "mine")
+    shutil.copy(folder / "ant" / "1.png", folder / "bee" / "9.png")
+    load_dataset("mine", tmp_path)
+    line = capsys.readouterr().out.splitlines()[0]
+    both = f"{folder}/bee/9.png (class 'bee') is {folder}/ant/1.png (class 'ant')"
+    assert both in line and "no model can be right on both" in line and "too high" not in line
+
+
 def test_a_folder_beside_which_nothing_can_be_written_is_used_all_the_same(
     tmp_path, monkeypatch, capsys
 ):
@@ -366,6 +436,12 @@ def test_folders_of_three_parts_are_one_data_set_with_a_split(tmp_path, no_readi
     no_reading()
     assert load_dataset("mine", tmp_path).to("cpu").split == moved.split
     assert moved.of_classes(["fox", "ant"]).split is None
+
+
+def test_the_three_parts_may_be_written_with_capitals(tmp_path):
+    save_parts(tmp_path / "mine", {part.title(): names for part, names in OWN_SPLIT.items()})
+    found = load_dataset("mine", tmp_path).split
+    assert found == {part: sorted(names) for part, names in OWN_SPLIT.items()}
 
 
 def test_parts_that_make_up_no_split_are_refused_before_an_image_is_read(tmp_path, no_reading):

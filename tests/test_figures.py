@@ -5,6 +5,7 @@ import itertools
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from xml.sax.saxutils import escape
 
 import matplotlib
 import numpy as np
@@ -12,11 +13,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from common import UserError, figures
+from common import UserError, figures, shown
 from common.data import ImageSet
 
 CURVES = ("train_loss", "val_loss", "train_accuracy", "val_accuracy")
@@ -146,18 +148,44 @@ def test_names_with_dollar_signs_are_text_and_no_formula(tmp_path):
 
 @given(st.text(st.characters(codec="ascii", categories=["L", "N", "P", "S"]), max_size=60))
 def test_a_wrapped_name_without_its_line_breaks_is_the_name(name):
-    shown = figures._wrapped(name)
-    assert shown.replace("\n", "") == name
-    assert all(len(line) <= 16 for line in shown.split("\n"))
+    wrapped = figures._wrapped(name)
+    assert wrapped.replace("\n", "") == name
+    assert all(len(line) <= 16 for line in wrapped.split("\n"))
 
 
 def test_names_are_broken_at_spaces_and_after_underscores():
-    for shown in ("aquarium_fish", "Anas|platyrhynchos", "cyrillic_small_|descender"):
-        name = shown.replace("_|", "_").replace("|", " ")
-        assert figures._wrapped(name) == shown.replace("|", "\n")
+    for lines in ("aquarium_fish", "Anas|platyrhynchos", "cyrillic_small_|descender"):
+        name = lines.replace("_|", "_").replace("|", " ")
+        assert figures._wrapped(name) == lines.replace("|", "\n")
 
 
 def test_a_folder_that_cannot_be_written_is_one_message(tmp_path):
     (tmp_path / "taken").write_text("a file where a folder is needed")
     with pytest.raises(UserError, match="curves"):
         figures.plot_training_curves(HISTORY, "ProtoNet", TASKS, str(tmp_path / "taken" / "curves"))
+
+
+@given(st.text(max_size=20))
+def test_a_name_as_it_is_shown_is_xml_and_utf8(name):
+    text = shown(name)
+    root = ElementTree.fromstring(f"<a>{escape(text)}</a>".encode())
+    assert (root.text or "") == text == shown(text)
+
+
+def test_a_character_comes_from_whatever_installed_font_has_it_else_one_line(
+    capsys, recwarn, tmp_path
+):
+    has = {}
+    for font in font_manager.fontManager.ttflist:
+        if "Last Resort" not in font.name:  # which has a box for each character that there is
+            charmap = font_manager.get_font(font.fname).get_charmap()
+            has.setdefault(font.name, set()).update(charmap)
+    letter = chr(min(set().union(*has.values()) - has["DejaVu Sans"]))
+    absent = chr(min(set(range(0x4E00, 0x9FFF)) - set().union(*has.values())))
+    with figures.new_figure(str(tmp_path / "x"), (3, 2)) as figure:
+        text = figure.suptitle(f"a {letter}{absent}")
+    families = text.get_fontfamily()
+    assert families[0] == "DejaVu Sans" and any(ord(letter) in has[name] for name in families)
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"no installed font has 1 characters of this figure ({absent}): ")
+    assert "fonts-noto-cjk" in printed and printed.count("\n") == 1 and not recwarn.list

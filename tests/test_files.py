@@ -7,7 +7,7 @@ import time
 import pytest
 
 from common import UserError
-from common.files import atomic_file, sha256, write_text
+from common.files import atomic_file, require_file_name, require_writable, sha256, write_text
 
 
 def left_behind(path, age):
@@ -93,3 +93,37 @@ def test_two_writers_never_share_a_temporary_file(tmp_path):
 def test_sha256_is_that_of_the_bytes(tmp_path):
     (tmp_path / "file").write_bytes(b"abc" * 100_000)
     assert sha256(tmp_path / "file") == hashlib.sha256(b"abc" * 100_000).hexdigest()
+
+
+def test_a_file_that_is_open_elsewhere_for_a_moment_is_replaced_all_the_same(tmp_path, monkeypatch):
+    replace, refusals = os.replace, [PermissionError(13, "in use")] * 2
+
+    def busy(source, target):
+        if refusals:
+            raise refusals.pop()
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", busy)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    write_text(tmp_path / "a.txt", "new")
+    assert (tmp_path / "a.txt").read_text() == "new" and not refusals
+    refusals += [PermissionError(13, "in use")] * 9
+    with pytest.raises(UserError, match="in use; .*close the program that has it open"):
+        write_text(tmp_path / "a.txt", "newer")
+    assert (tmp_path / "a.txt").read_text() == "new" and os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_whether_a_folder_can_be_written_to_is_known_before_and_leaves_no_trace(tmp_path):
+    require_writable(tmp_path / "new" / "results")
+    require_writable(tmp_path)
+    assert not list(tmp_path.rglob("*.*")) and not (tmp_path / "new" / "results").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        require_writable(tmp_path / "file" / "results")
+
+
+@pytest.mark.parametrize("name", ["a:b", "a/b", "a\\b", "what?", "a\nb", "..", "", "x" * 201])
+def test_a_name_that_is_no_file_name_on_some_system_is_refused(name):
+    require_file_name("a b, c'é", "a model")
+    with pytest.raises(UserError, match="is not the name of a model; pass a plain name"):
+        require_file_name(name, "a model")

@@ -8,6 +8,7 @@ import torch
 from common.augment import Views
 from common.encoders import Encoder
 from common.finetune import FineTuning
+from common.prototypes import episode_labels
 
 N_WAY, DIM = 3, 8
 
@@ -57,8 +58,8 @@ def fine_tuned_by_hand(encoder, images, episodes, lr):
 def test_fine_tuning_equals_adam_on_the_loss_of_its_episodes_by_hand(k_shot, steps):
     encoder, images = new_encoder(), torch.randn(N_WAY * k_shot, 3, 32, 32, dtype=torch.float64)
     seen, support, local = Seen(images), torch.arange(len(images)), deepcopy(encoder).train()
-    before = deepcopy(encoder.state_dict())
-    weight, bias = FineTuning(steps, 0.01).adapt(encoder, seen, support, N_WAY, local)
+    before, y_spt = deepcopy(encoder.state_dict()), episode_labels(N_WAY, k_shot)
+    weight, bias = FineTuning(steps, 0.01).adapt(encoder, seen, support, y_spt, N_WAY, local)
     assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
     assert all(parameter.grad is None for parameter in encoder.parameters())
     assert not local.training and len(seen.episodes) == steps
@@ -75,7 +76,8 @@ def test_fine_tuning_equals_adam_on_the_loss_of_its_episodes_by_hand(k_shot, ste
 def test_an_episode_of_fine_tuning_has_as_many_other_queries_of_each_class(k_shot, half):
     support, encoder = 100 + torch.arange(N_WAY * k_shot), new_encoder()
     seen = Seen(torch.randn(100 + N_WAY * k_shot, 3, 32, 32, dtype=torch.float64))
-    FineTuning(6, 0.001).adapt(encoder, seen, support, N_WAY, deepcopy(encoder))
+    y_spt = episode_labels(N_WAY, k_shot)
+    FineTuning(6, 0.001).adapt(encoder, seen, support, y_spt, N_WAY, deepcopy(encoder))
     for episode in seen.episodes:
         support_half, query_half = (episode - 100).view(2, N_WAY, half)
         for c in range(N_WAY):
@@ -88,9 +90,9 @@ def test_an_episode_of_fine_tuning_has_as_many_other_queries_of_each_class(k_sho
 def test_fine_tuning_with_crops_on_a_copy_used_before_gives_the_same_bits():
     encoder, views = new_encoder(), Views(torch.randn(6, 3, 32, 32, dtype=torch.float64))
     fresh, used, support = deepcopy(encoder), deepcopy(encoder), torch.arange(6)
-    how = FineTuning(2, 0.01)
-    first = how.adapt(encoder, views, support, N_WAY, fresh)
-    how.adapt(encoder, views, support.flip(0), N_WAY, used)
-    again = how.adapt(encoder, views, support, N_WAY, used)
+    how, y_spt = FineTuning(2, 0.01), episode_labels(N_WAY, 6 // N_WAY)
+    first = how.adapt(encoder, views, support, y_spt, N_WAY, fresh)
+    how.adapt(encoder, views, support.flip(0), y_spt, N_WAY, used)
+    again = how.adapt(encoder, views, support, y_spt, N_WAY, used)
     pairs = zip([*first, *fresh.state_dict().values()], [*again, *used.state_dict().values()])
     assert all(torch.equal(a, b) for a, b in pairs)

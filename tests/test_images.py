@@ -1,5 +1,10 @@
 """Photographs of any kind and size become arrays of one size, or one line that names the file."""
 
+import math
+import os
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -119,33 +124,80 @@ def test_a_transparent_colour_of_a_palette_is_laid_over_white(tmp_path, transpar
     assert np.array_equal(found, np.array([RED, second, BLUE])[colours])
 
 
-@pytest.mark.parametrize("mode, colour", [("RGB", (7, 8, 9)), ("L", 7), ("1", 0)])
+@pytest.mark.parametrize("mode, colour", [("RGB", (7, 8, 9)), ("L", 7)])
 def test_a_transparent_colour_of_a_plain_image_is_white(tmp_path, mode, colour):
     image = Image.new(mode, (32, 32), colour)
-    image.paste({"RGB": (50, 60, 70), "L": 50, "1": 1}[mode], (0, 16, 32, 32))
+    image.paste({"RGB": (50, 60, 70), "L": 50}[mode], (0, 16, 32, 32))
     found = read_image(saved(image, tmp_path / "x.png", transparency=colour), 32)
     assert (found[:16] == 255).all()
     assert np.array_equal(found[16:], np.asarray(image.convert("RGB"))[16:])
 
 
-@pytest.mark.parametrize("suffix", ["png", "tif"])
-@pytest.mark.parametrize("step, kept", [(64, lambda shades: shades // 256), (0.25, np.floor)])
-def test_grey_of_16_bits_keeps_its_shades_whether_they_run_to_255_or_65535(
-    tmp_path, suffix, step, kept
+def save_16_bits(path, shades, mode):
+    """A 16-bit PNG of shades [H, W, C], which Pillow cannot write in colour."""
+    colour_type = {"L": 0, "RGB": 2, "LA": 4, "RGBA": 6}[mode]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in shades)
+    size = struct.pack(">II", shades.shape[1], shades.shape[0])
+    parts = (b"IHDR", size + bytes([16, colour_type, 0, 0, 0])), (b"IDAT", zlib.compress(rows))
+    data = b"\x89PNG\r\n\x1a\n"
+    for name, body in (*parts, (b"IEND", b"")):
+        check = struct.pack(">I", zlib.crc32(name + body))
+        data += struct.pack(">I", len(body)) + name + body + check
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "LA", "RGBA"])
+@pytest.mark.parametrize("bits, divisor", [(8, 1), (9, 4), (12, 16), (16, 256)])
+def test_shades_of_16_bits_are_scaled_alike_by_the_brightest_of_the_data_set(
+    mode, bits, divisor, tmp_path, capsys
 ):
-    # Cut off at 255, as a plain conversion does, nearly all of the first one would be white.
-    shades = (np.arange(32 * 32).reshape(32, 32) * step).astype(np.uint16)
-    found = read_image(saved(shades, tmp_path / f"x.{suffix}"), 32)
-    assert np.array_equal(found, np.repeat(kept(shades)[..., None], 3, axis=2))
+    rng = np.random.default_rng(0)
+    images = [rng.integers(most, size=(32, 32, len(mode))) for most in (2**bits, 2**bits // 4)]
+    images[0][0, 0] = 2**bits - 1
+    for shades in images:
+        if mode[-1] == "A":
+            shades[..., -1] = 256 * divisor - 1  # opaque
+    paths = [save_16_bits(tmp_path / f"{n}.png", each, mode) for n, each in enumerate(images)]
+    found, used = read_images([*paths, saved(noise(32, 32), tmp_path / "8.png")], 32, "scans")
+    for pixels, shades in zip(found, images):
+        expected = shades[..., : len(mode) - (mode[-1] == "A")] // divisor
+        # Of grey with transparency only the upper bits can be had.
+        assert np.abs(pixels - expected).max() <= (256 // divisor if mode == "LA" else 0)
+    assert np.array_equal(found[2], noise(32, 32)) and used == 2 * math.ceil(bits / 2)
+    said = f"scans: images of 16 bits per channel: 2; the brightest needs {used} of them"
+    assert capsys.readouterr().out.startswith(said)
 
 
-@pytest.mark.parametrize("brightest", [256, 4095, 2**14 - 1])
-def test_shades_of_12_bits_for_example_are_refused_rather_than_nearly_black(tmp_path, brightest):
-    pixels = np.linspace(0, brightest, 32 * 32).reshape(32, 32)
-    path = saved(pixels.astype(np.uint16), tmp_path / "x.png")
-    assert f"its shades run to {brightest}, not to 255 or to 65535" in message_of(path)
-    floats = saved(pixels.astype(np.float32), tmp_path / "x.tif")
-    assert "its pixels are floats" in message_of(floats)
+@pytest.mark.parametrize("kind, least", [(np.int32, -5), (np.int32, 2**16), (np.float32, 0.5)])
+def test_shades_that_no_rule_fits_are_refused(kind, least, tmp_path):
+    pixels = np.full((32, 32), least, kind)
+    message = message_of(saved(pixels, tmp_path / "x.tif"))
+    assert "pixels are floats" in message or f"run from {least} to {least}, but" in message
+    both = saved(np.full((32, 32), 4095, np.uint16), tmp_path / "a.tif")
+    with pytest.raises(UserError, match="run from 4095 to 4095, but .* from 0 to 1023"):
+        read_images([both], 32, "scans", bits=10)
+
+
+def test_of_several_pages_or_frames_the_first_is_used_and_a_line_says_so(tmp_path, capsys):
+    pages = [Image.fromarray(noise(32, 32, seed=n)) for n in range(3)]
+    paths = []
+    for suffix in ("tif", "png", "webp", "jpg"):
+        more = {"save_all": True, "append_images": pages[1:]} if suffix != "jpg" else {}
+        paths.append(saved(pages[0], tmp_path / f"x.{suffix}", **more))
+    found, _ = read_images(paths, 32, "scans")
+    assert np.array_equal(found[0], pages[0]) and np.array_equal(found[1], pages[0])
+    printed = capsys.readouterr().out
+    assert printed.startswith("scans: images of several pages or frames: 3, ")
+    assert printed.endswith("x.tif has 3; only the first of each is used\n")
+
+
+@pytest.mark.parametrize("shade, ground", [(255, 0), (250, 0), (200, 255), (0, 255)])
+def test_a_drawing_can_be_seen_on_its_ground(shade, ground, tmp_path):
+    pixels = np.full((32, 32, 4), shade, np.uint8)
+    pixels[..., 3] = np.repeat([0, 255], 16)[:, None]
+    found = read_image(saved(pixels, tmp_path / "x.png"), 32)
+    assert (found[:16] == ground).all() and (found[16:] == shade).all()
 
 
 # How an upright image lies in a file of each orientation.
@@ -178,7 +230,7 @@ def test_a_turned_photograph_is_turned_upright(tmp_path, orientation):
 def test_damaged_exif_data_leave_the_image_as_it_lies(tmp_path, exif, recwarn):
     pixels = noise(32, 32)
     path = saved(pixels, tmp_path / "x.png", exif=exif)
-    assert np.array_equal(read_images([path], 32, "damaged")[0], pixels)
+    assert np.array_equal(read_images([path], 32, "damaged")[0][0], pixels)
     assert not recwarn.list
 
 
@@ -200,7 +252,7 @@ def test_many_images_come_in_order_and_an_unreadable_one_ends_it_or_is_left_out(
         for n, suffix in enumerate(10 * ("png", "jpg", "bmp"))
     ]
     expected = [read_image(path, 36) for path in paths]
-    assert np.array_equal(read_images(paths, 36, "holiday"), expected)
+    assert np.array_equal(read_images(paths, 36, "holiday")[0], expected)
     printed = capsys.readouterr()
     assert "holiday" in printed.err and "30" in printed.err and printed.out == ""
 
@@ -210,14 +262,14 @@ def test_many_images_come_in_order_and_an_unreadable_one_ends_it_or_is_left_out(
         read_images(paths, 36, "holiday")
     errors = {}
     left = [image for n, image in enumerate(expected) if n not in (4, 17)]
-    assert np.array_equal(read_images(paths, 36, "holiday", errors), left)
+    assert np.array_equal(read_images(paths, 36, "holiday", errors)[0], left)
     assert list(errors) == [paths[4], paths[17]] and str(paths[4]) in str(errors[paths[4]])
 
 
 def test_an_image_of_very_many_pixels_is_read_without_a_warning(tmp_path, monkeypatch, recwarn):
     path = saved(noise(32, 40), tmp_path / "x.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    assert read_images([path], 32, "panoramas").shape == (1, 32, 32, 3)
+    assert read_images([path], 32, "panoramas")[0].shape == (1, 32, 32, 3)
     assert not recwarn.list
 
 
@@ -227,3 +279,11 @@ def test_images_are_listed_in_order_whatever_the_case_of_their_suffix(tmp_path):
     assert [path.name for path in list_images(tmp_path)] == ["a.png", "b.JPG", "c.Tiff", "e.webp"]
     with pytest.raises(UserError, match="absent cannot be read: No such file"):
         list_images(tmp_path / "absent")
+
+
+def test_what_is_no_regular_file_is_no_image(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    (tmp_path / "b.png").mkdir()
+    saved(noise(32, 32), tmp_path / "c.png")
+    (tmp_path / "d.png").symlink_to("c.png")
+    assert [path.name for path in list_images(tmp_path)] == ["c.png", "d.png"]

@@ -48,7 +48,8 @@ def adapt(encoder, x_spt, steps, output_init="prototypes", batchnorm="batch", le
     """Adapt a copy by the InnerLoop of a test; return (copy, weight, bias)."""
     loop = InnerLoop(steps, learn * LR_INNER, learn * LR_OUTPUT, output_init, batchnorm)
     local, support = deepcopy(encoder), torch.arange(len(x_spt))
-    return local, *loop.adapt(encoder, Views(x_spt), support, N_WAY, local)
+    y_spt = episode_labels(N_WAY, len(x_spt) // N_WAY)
+    return local, *loop.adapt(encoder, Views(x_spt), support, y_spt, N_WAY, local)
 
 
 def task_gradients(encoder, copies, images, steps, output_init):
@@ -206,3 +207,23 @@ def test_copying_weights_copies_parameters_and_statistics_into_the_same_tensors(
     copy_weights(source, target)
     assert_same_bits(source.state_dict().values(), target.state_dict().values())
     assert [tensor.data_ptr() for tensor in target.state_dict().values()] == places
+
+
+@pytest.mark.parametrize("output_init", ["prototypes", "zeros"])
+def test_classes_of_any_sizes_in_any_order_count_alike_and_no_image_is_repeated(output_init):
+    encoder, (_, images) = new_encoder(), new_task()
+    labels = torch.tensor([1, 0, 2, 1, 2, 1, 2, 1])  # 1, 4 and 3 images
+    loop, sizes = InnerLoop(2, LR_INNER, LR_OUTPUT, output_init, "frozen"), []
+    local = deepcopy(encoder)
+    local.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    task = torch.arange(8), labels, N_WAY
+    found = loop.adapt(encoder, Views(images), *task, local)
+    assert set(sizes) == {8}
+    # Each image as often as makes all classes equally large.
+    repeats = torch.tensor([12, 3, 4])[labels]
+    order = labels.argsort(stable=True)
+    repeated = torch.arange(8)[order].repeat_interleave(repeats[order])
+    task = repeated, labels[repeated], N_WAY
+    expected = loop.adapt(encoder, Views(images), *task, other := deepcopy(encoder))
+    pairs = zip([*found, *local.parameters()], [*expected, *other.parameters()])
+    assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in pairs)

@@ -25,6 +25,7 @@ from common.kshot import (
     summarize,
     support_sets,
 )
+from common.prototypes import episode_labels
 
 # Tiny networks: threads would only wait for each other.
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -171,11 +172,11 @@ def test_a_cap_takes_some_of_the_support_sets():
 
 def test_a_class_with_too_few_images_is_named_with_both_numbers():
     labels = labels_of([20, 8, 20])
-    with pytest.raises(UserError, match="k = 8 .* 9 images .* found 8 of 'beaver'.*--k_shots"):
+    with pytest.raises(UserError, match="'beaver' has 8 images, .* k = 8 .* needs 9 "):
         support_sets(labels, 8, FRUIT)
-    with pytest.raises(UserError, match="found 0 of 'crab'"):
+    with pytest.raises(UserError, match="class 'crab' has 0 images"):
         support_sets(labels_of([20, 20]), 2, FRUIT)
-    with pytest.raises(UserError, match="k = 4 and 5 queries .* 9 images .* found 8 of 'beaver'"):
+    with pytest.raises(UserError, match="'beaver' has 8 images, .* k = 4 and 5 queries needs 9 "):
         random_episodes(labels, 2, 4, 5, 2, FRUIT)
     with pytest.raises(UserError, match="found 3 classes, 4 are needed"):
         random_episodes(labels, 4, 1, 1, 2, FRUIT)
@@ -301,7 +302,7 @@ def test_fine_tuned_counts_equal_nearest_prototypes_of_each_fine_tuned_encoder(v
     found = adapted_accuracies(encoder, images, labels, sets, 3, 2, how, graphs=True)
     for one in sets.split(1):
         local = deepcopy(encoder)
-        how.adapt(encoder, images, one[0], 3, local)
+        how.adapt(encoder, images, one[0], episode_labels(3, 2), 3, local)
         expected.append(
             nearest_prototype_accuracies(mean_features(local, images), labels, one, 3, 2)
         )
@@ -395,3 +396,21 @@ def test_the_summary_of_a_known_sample():
     assert (mean, std) == (pytest.approx(0.5), pytest.approx(0.1))
     assert ci95 == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-6)
     assert summarize(torch.tensor([0.25], dtype=torch.float64)) == (0.25, None, None)
+
+
+@pytest.mark.parametrize("wrong", ["interleaved", "a class twice", "queries in another order"])
+def test_tasks_that_are_not_class_by_class_are_refused(wrong):
+    labels = labels_of([12, 12, 12])
+    task = random_episodes(labels, 3, 2, 3, 4, FRUIT)
+    if wrong == "interleaved":
+        task[1, :6] = task[1, :6].view(3, 2).T.flatten()
+    elif wrong == "a class twice":
+        task[2, :2] = torch.nonzero(labels == labels[task[2, 2]])[:2, 0]
+    else:
+        task[3, 6:] = task[3, 6:].flip(0)
+    images = images_of(labels)
+    where = labels, task, 3, 2
+    with pytest.raises(UserError, match="not one class after the other; sort them"):
+        nearest_prototype_accuracies(images.flatten(1), *where)
+    with pytest.raises(UserError, match="not one class after the other; sort them"):
+        adapted_accuracies(tiny_encoder(images), Views(images), *where, InnerLoop(1, 0.1, 0.1))

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train_protonet
+from common import UserError
 from common.prototypes import (
     distance_logits,
     episode_labels,
@@ -107,3 +108,12 @@ def test_the_mean_loss_of_episodes_equals_a_loop_over_them(n_way, k_shot, n_quer
     losses, shares = zip(*(episode_by_hand(features[rows], n_way, k_shot) for rows in episodes))
     assert loss == pytest.approx(math.fsum(losses) / 6, rel=1e-12)
     assert share == pytest.approx(sum(shares) / 6, abs=1e-6) and 0 < share < 1
+
+
+def test_labels_give_the_prototypes_of_any_order_and_any_sizes():
+    labels, features = torch.tensor([2, 0, 1, 0, 2, 2]), torch.randn(6, 4).double()
+    found = make_prototypes(features, 3, labels)
+    for c in range(3):
+        torch.testing.assert_close(found[c], features[labels == c].mean(dim=0))
+    with pytest.raises(UserError, match="7 support features cannot be 3 classes .* labels"):
+        make_prototypes(torch.randn(7, 4), 3)

@@ -40,7 +40,8 @@ def name_of(path):
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_the_commands_of_a_page_name_scripts_options_and_recipes_that_exist(page, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    text = page.read_text(encoding="utf-8").replace("\\\n", " ").replace("=N", "=1")
+    text = page.read_text(encoding="utf-8").replace("=N", "=1")
+    assert "\\\n" not in text  # which continues a line in no shell of Windows
     lines = re.findall(r"^    ((?:python|torchrun) .*\.py\b.*)$", text, re.MULTILINE)
     for command in (part for line in lines for part in line.split("#")[0].split("&&")):
         script, options = re.search(r"(\S+\.py)(.*)", command).groups()
@@ -73,3 +74,10 @@ def test_every_table_tests_an_included_model_and_every_included_model_is_in_a_ta
     tables = [{row["checkpoint_sha256"] for row in json.loads(p.read_text())} for p in RESULTS]
     digests = set(map(sha256, TRAINED))
     assert all(digests & table for table in tables) and digests <= set().union(*tables)
+
+
+@pytest.mark.skipif(not TRAINED, reason="this is no checkout")
+def test_a_checkout_has_the_same_bytes_on_every_system():
+    command = ["git", "check-attr", "text", "README.md", "train_protonet.py", TRAINED[0]]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    assert found.count("text: unset") == 3

@@ -1,5 +1,6 @@
 """Episodes: which images they hold, in which order, how often, and from which random numbers."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -193,7 +194,7 @@ def test_what_the_data_cannot_give_is_refused_with_both_numbers():
 
 def test_a_class_with_too_few_images_is_named_with_both_numbers():
     labels, names = labels_of([20, 7, 20]), ["apple", "beaver", "crab"]
-    found = r"class 'beaver' has 7 images, .* needs 8 of each class \(5 support \+ 3 query\)"
+    found = r"class 'beaver' has 7 images, .* 5 support \+ 3 query images needs 8 of each class"
     with pytest.raises(UserError, match=found):
         FewShotBatchSampler(labels, 2, 5, True, num_query=3, class_names=names)
     with pytest.raises(UserError, match="class 1 has 7"):
@@ -204,3 +205,24 @@ def test_a_class_with_too_few_images_is_named_with_both_numbers():
 def test_labels_of_an_episode_count_the_classes():
     assert episode_labels(3, 2).tolist() == [0, 0, 1, 1, 2, 2]
     assert episode_labels(4, 1).dtype == torch.int64
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_a_column_of_labels_is_the_labels_and_other_shapes_are_refused(kind):
+    flat = labels_of([6, 7, 8]).tolist()
+    column = FewShotBatchSampler(kind([[label] for label in flat]), 2, 2, include_query=True)
+    assert torch.equal(column.episodes(), FewShotBatchSampler(flat, 2, 2, True).episodes())
+    for odd in ([flat, flat], [[[label]] for label in flat]):
+        with pytest.raises(UserError, match=r"the shape \[.*one class number per image.*argmax"):
+            FewShotBatchSampler(kind(odd), 2, 2)
+
+
+@pytest.mark.parametrize("way, shot, query", [(0, 2, 2), (-1, 2, 2), (2, 0, 2), (2, 2, 0)])
+def test_a_way_a_shot_or_queries_below_one_are_refused(way, shot, query):
+    with pytest.raises(UserError, match="is (0|-1), but at least 1 is needed"):
+        FewShotBatchSampler(labels_of([6, 7, 8]), way, shot, True, num_query=query)
+
+
+def test_all_classes_that_are_too_small_are_counted_and_what_fits_is_said():
+    with pytest.raises(UserError, match="class 2 has 3 images.*; 3 of 4 classes.*take 3 in all"):
+        FewShotBatchSampler(labels_of([7, 9, 3, 5]), 2, 4, True)

@@ -19,6 +19,7 @@ import pytest
 import stress
 from PIL import Image
 
+import classify
 import evaluate
 import train_classifier
 import train_protomaml
@@ -96,6 +97,14 @@ def evaluate_small(trained, glyph_dir, capsys, monkeypatch):
         return capsys.readouterr().out
 
     return run
+
+
+def save_as_folder(data_dir, name, folder):
+    data = load_dataset(name, data_dir)
+    for number, (image, label) in enumerate(zip(data.images, data.labels.tolist())):
+        path = folder / data.class_names[label] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
 
 
 def bytes_of(folder):
@@ -369,7 +378,7 @@ def test_a_disk_that_fills_up_during_a_test_loses_no_finished_result(
 
     def fill_up(descriptor):
         written.append(descriptor)
-        if len(written) > 3:
+        if len(written) > 4:  # the first one tries whether the folder can be written to
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(descriptor)
 
@@ -379,6 +388,55 @@ def test_a_disk_that_fills_up_during_a_test_loses_no_finished_result(
             evaluate_small(tmp_path)
     assert not stress.temporary_files(tmp_path)
     assert evaluate_small(tmp_path).count("reused") == 3
+
+
+def test_a_data_set_is_tested_with_the_k_that_its_classes_allow(evaluate_small, tmp_path):
+    options = ["--k_shots=2,30", "--domains=glyph_digits"]
+    printed = evaluate_small(tmp_path, *options, models=["protonet"], code=1)
+    assert {(row["dataset"], row["k_shot"]) for row in rows_of(tmp_path)} == {
+        ("glyphs", 2),
+        ("glyph_digits", 2),
+    }
+    for name in ("glyphs", "glyph_digits"):
+        assert f"{name}, k = 30: not tested. class '" in printed
+
+
+def test_a_model_is_tested_on_a_folder_where_its_own_data_set_is_not(
+    glyph_dir, tmp_path, capsys, no_network
+):
+    save_as_folder(glyph_dir, "glyph_digits", tmp_path / "mine")
+    model = ROOT / "checkpoints" / "best" / "cifar100" / "protonet.pt"
+    where = [f"--data_dir={tmp_path}", f"--results_dir={tmp_path / 'results'}"]
+    options = [*where, f"--models={model}", "--domains=mine", "--k_shots=2,4"]
+    assert in_process(evaluate, *options, "--device=cpu") == 1
+    assert {(row["dataset"], row["split"]) for row in rows_of(tmp_path / "results")} == {
+        ("mine", "")
+    }
+    printed = capsys.readouterr().out
+    assert (
+        f"cifar100: not tested. it is not in {tmp_path}; to download it, pass --domains=" in printed
+    )
+    assert (tmp_path / "results" / "few_shot_batch.png").exists()
+
+
+@pytest.mark.parametrize("script", ["evaluate", "classify"])
+def test_a_results_dir_that_cannot_be_written_is_known_before_anything_is_computed(
+    script, trained, glyph_dir, tmp_path, monkeypatch
+):
+    (tmp_path / "taken").write_text("")
+    results = f"--results_dir={tmp_path / 'taken' / 'results'}"
+    monkeypatch.setattr("common.kshot.mean_features", None)
+    monkeypatch.setattr("classify.mean_features", None)
+    if script == "evaluate":
+        where = [f"--data_dir={glyph_dir}", f"--models={trained[0] / 'protonet.pt'}"]
+        words = [*SMALL_TEST, "--domains=", *where]
+    else:
+        save_as_folder(glyph_dir, "glyph_digits", tmp_path / "mine")
+        (images := tmp_path / "images").mkdir()
+        shutil.copy(next((tmp_path / "mine").glob("*/*.png")), images)
+        words = [f"--support={tmp_path / 'mine'}", f"--images={images}", "--device=cpu"]
+    with pytest.raises(UserError, match="cannot write"):
+        in_process({"evaluate": evaluate, "classify": classify}[script], *words, results)
 
 
 # Random episodes
@@ -418,7 +476,7 @@ def test_a_domain_is_tested_on_episodes_of_all_its_classes(evaluate_small, tmp_p
     assert found == {("glyphs", "val"), ("glyph_digits", "all")}
 
 
-@pytest.mark.parametrize(("option", "message"), [("--n_way=3", "2 .*3"), ("--n_query=20", "24")])
+@pytest.mark.parametrize(("option", "message"), [("--n_way=3", "2 .*3"), ("--n_query=24", "24")])
 def test_episodes_that_the_data_cannot_give_are_refused(option, message, evaluate_small, tmp_path):
     with pytest.raises(UserError, match=message):
         evaluate_small(tmp_path, *EPISODES, option, models=["protonet"])

@@ -285,3 +285,17 @@ def test_a_number_that_the_processes_do_not_divide_is_refused(
     if module is train_protomaml:
         with pytest.raises(UserError, match="3 processes need at least as many --val_episodes"):
             train_here(module, glyph_dir, tmp_path, "--tasks_per_step=3", "--val_episodes=2")
+
+
+def test_a_process_that_waits_for_the_others_says_so_and_can_be_stopped(glyph_dir, tmp_path):
+    script, *options = training("protomaml", glyph_dir, tmp_path)
+    alone = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    options = [sys.executable, script, *options]
+    process = subprocess.Popen(
+        options, cwd=ROOT, env={**ENVIRONMENT, **alone}, stderr=PIPE, stdout=PIPE, text=True
+    )
+    line = process.stderr.readline()
+    assert line == "waiting until all 2 processes are there; Ctrl-C ends it\n"
+    process.send_signal(signal.SIGINT)
+    assert "stopped; what was saved" in process.communicate(timeout=30)[1]
+    assert process.returncode == 130

@@ -2,7 +2,9 @@
 
 import csv
 import os
+import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -298,7 +300,7 @@ def test_a_signal_ends_a_run_in_one_line_and_loses_at_most_an_epoch(
     assert process.returncode == code, process.stderr
     *bars, line = process.stderr.strip().splitlines()
     assert line.startswith(f"train_{model}.py: stopped; what was saved before is intact")
-    assert "--resume=true" in line and all("epoch" in bar for bar in bars if bar.strip())
+    assert "--resume=auto" in line and all("epoch" in bar for bar in bars if bar.strip())
     assert last_of(tmp_path, model)["epoch"] == 1
     train(model, glyph_dir, tmp_path, "--resume=true")
     assert_same_run(uninterrupted[model], tmp_path)
@@ -358,3 +360,46 @@ def test_a_full_disk_keeps_the_earlier_checkpoint_whole(uninterrupted, glyph_dir
     assert not stress.temporary_files(tmp_path) and last_of(tmp_path)["epoch"] == 0
     train("protonet", glyph_dir, tmp_path, "--resume=true")
     assert_same_run(uninterrupted["protonet"], tmp_path)
+
+
+# One command that starts or goes on, and what it says
+
+
+def test_resume_auto_starts_goes_on_and_is_content_with_a_finished_run(
+    uninterrupted, glyph_dir, tmp_path, capsys
+):
+    train_until("inside the second epoch", "protonet", glyph_dir, tmp_path, "--resume=auto")
+    for _ in range(2):
+        train("protonet", glyph_dir, tmp_path, "--resume=auto")
+        assert_same_run(uninterrupted["protonet"], tmp_path)
+    assert capsys.readouterr().out.count("resumed ") == 2
+    with pytest.raises(UserError, match="resume is yes, but .*'auto'.* is needed"):
+        train("protonet", glyph_dir, tmp_path, "--resume=yes")
+
+
+def test_more_steps_than_an_epoch_has_are_named(glyph_dir, tmp_path, capsys):
+    train("protonet", glyph_dir, tmp_path, "--steps_per_epoch=1000", "--epochs=1")
+    found = re.search("steps_per_epoch is 1000, but .* (\\d+), so", capsys.readouterr().out)
+    assert found and 0 < int(found[1]) < 1000
+
+
+def test_printed_commands_can_be_copied_whatever_the_names(glyph_dir, tmp_path, capsys):
+    data_dir, name = tmp_path / "my data; all", "it's mine"
+    data_dir.mkdir()
+    shutil.copy(glyph_dir / "glyphs.npz", data_dir / f"{name}.npz")
+    where = [f"--data_dir={data_dir}", f"--dataset={name}", "--epochs=1"]
+    train("protonet", data_dir, tmp_path / "my checkpoints", *where)
+    command = shlex.split(capsys.readouterr().out.split("next: ")[1])
+    model = tmp_path / "my checkpoints" / name / "protonet.pt"
+    options = [f"--dataset={name}", f"--models={model}", f"--data_dir={data_dir}"]
+    assert command == ["python", "evaluate.py", *options]
+
+
+@pytest.mark.parametrize("model", ["my:method", "a/b", "what?"])
+def test_a_model_whose_name_is_no_file_name_on_some_system_is_refused(
+    model, glyph_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train_protonet, "MODEL", model)
+    with pytest.raises(UserError, match="is not the name of a MODEL"):
+        train("protonet", glyph_dir, tmp_path)
+    assert not list(tmp_path.iterdir())
