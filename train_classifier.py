@@ -26,13 +26,14 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from common import UserError
 from common.augment import AugmentedBatches
-from common.checkpoint import load_encoder
+from common.checkpoint import load_encoder, starting_encoder
 from common.config import require, run_script
 from common.cuda_graph import CudaGraphStep
 from common.data import load_training_data
 from common.device import pick_device
-from common.encoders import Encoder, encode_in_batches, with_principal_features
+from common.encoders import encode_in_batches, with_principal_features
 from common.optimizer import make_optimizer, one_cycle, set_learning_rate
 from common.parallel import all_gather, all_reduce, equal_share, my_slice, process_count
 from common.prototypes import accuracy, distance_logits, mean_loss
@@ -63,7 +64,9 @@ class Config:
     k_shot: int = 4  # support images per class
     n_query: int = 4  # query images per class
     # model
-    proto_dim: int = 64  # length of a feature vector and of a prototype
+    encoder: str = "densenet"  # conv4, resnet12, torchvision:NAME, timm:NAME or FILE.py:CLASS
+    width: int = 0  # channels of the first block of conv4 and resnet12; 0: 64
+    proto_dim: int = 0  # length of a feature vector; 0: the encoder's own, 64 with densenet
     stem_stride: int = 2  # of the first convolution; 1: finer feature maps for 4 times the work
     principal_features: bool = False  # keep principal directions in place of the last layer
     # optimizer
@@ -83,7 +86,9 @@ class Config:
 
     def __post_init__(self):
         require(self, "n_way >= 2", "batch_size >= 2", "k_shot >= 1", "n_query >= 1")
-        require(self, "proto_dim >= 1", "1 <= stem_stride <= 2", "epochs >= 1", "lr > 0")
+        require(
+            self, "proto_dim >= 0", "width >= 0", "1 <= stem_stride <= 2", "epochs >= 1", "lr > 0"
+        )
         require(self, "weight_decay >= 0", "steps_per_epoch >= 0", "seed >= 0", "temperature > 0")
         require(self, "0 <= label_smoothing <= 1", "0 <= distillation_weight <= 1")
         require(self, "0 < min_crop_area <= 1", "0 <= color_jitter <= 1")
@@ -144,14 +149,16 @@ def main(cfg):
     generator = torch.Generator().manual_seed(cfg.seed)  # draws batches and augmentation
     val_way = min(cfg.n_way, len(data.val.class_names))
     val_episodes = validation_episodes(data.val, val_way, cfg.k_shot, cfg.n_query).to(device)
-    val_images = data.normalize(data.val.images)
 
     teacher = load_teacher(cfg, data, device) if cfg.teacher else None
     # All features have one learned length; the class prototypes are free.
-    encoder = Encoder(cfg.proto_dim, unit_features=True, stem_stride=cfg.stem_stride).to(device)
-    encoder.precision = cfg.precision
+    options = {"stem_stride": cfg.stem_stride} if cfg.stem_stride != 2 else {}
+    encoder = starting_encoder(cfg, data, unit_features=True, **options).to(device)
+    if teacher and teacher[0].mean != encoder.mean:
+        raise UserError("one of teacher and encoder was pretrained: their images differ; take both")
+    val_images = data.normalize(data.val.images)
     num_classes = len(data.train.class_names)
-    class_prototypes = torch.nn.Embedding(num_classes, cfg.proto_dim)
+    class_prototypes = torch.nn.Embedding(num_classes, encoder.num_features)
     torch.nn.init.normal_(class_prototypes.weight, std=0.1)
     class_prototypes.to(device)
     parameters = [*encoder.parameters(), *class_prototypes.parameters()]

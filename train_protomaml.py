@@ -59,7 +59,9 @@ class Config:
     tasks_per_step: int = 16  # tasks (episodes) whose gradients make up one outer step
     val_episodes: int = 0  # validation episodes, each adapted to; 0: as many as the images give
     # model
-    proto_dim: int = 64  # length of a feature vector and of a prototype
+    encoder: str = "densenet"  # conv4, resnet12, torchvision:NAME, timm:NAME or FILE.py:CLASS
+    width: int = 0  # channels of the first block of conv4 and resnet12; 0: 64
+    proto_dim: int = 0  # length of a feature vector; 0: the encoder's own, 64 with densenet
     output_init: str = "prototypes"  # of the output layer: prototypes (ProtoMAML) or zeros (MAML)
     init_from: str = ""  # checkpoint whose encoder to start from, feature length included
     # inner loop
@@ -86,9 +88,16 @@ class Config:
         require(self, "n_way >= 2", "k_shot >= 1", "n_query >= 1", "tasks_per_step >= 1")
         require(self, "num_inner_steps >= 1", "lr_inner > 0", "lr_output > 0", "lr > 0")
         require(self, "all(0 < share <= 1 for share in lr_drops)", "weight_decay >= 0")
-        require(self, "proto_dim >= 1", "val_episodes >= 0", "epochs >= 1", "steps_per_epoch >= 0")
+        require(
+            self,
+            "proto_dim >= 0",
+            "width >= 0",
+            "val_episodes >= 0",
+            "epochs >= 1",
+            "steps_per_epoch >= 0",
+        )
         require(self, "precision in ('float32', 'bfloat16')", "batchnorm in ('batch', 'frozen')")
-        require(self, "output_init in ('prototypes', 'zeros')", "seed >= 0")
+        require(self, "output_init in ('prototypes', 'zeros')", "seed >= 0", "steps_per_epoch >= 0")
         require(self, "resume in ('false', 'true', 'auto')")
         require(self, "batchnorm == 'batch' or init_from")  # frozen: those of a trained encoder
 
@@ -203,9 +212,9 @@ def main(cfg):
     val_way = min(cfg.n_way, len(data.val.class_names))
     val_episodes = validation_episodes(data.val, val_way, cfg.k_shot, cfg.n_query).to(device)
     val_episodes = val_episodes[: cfg.val_episodes or None]
-    val_images = data.normalize(data.val.images)
 
     encoder = starting_encoder(cfg, data).to(device).train(cfg.batchnorm == "batch")
+    val_images = data.normalize(data.val.images)
     optimizer = make_optimizer(encoder.parameters(), cfg.lr, cfg.weight_decay, device)
     model = "protomaml" if cfg.output_init == "prototypes" else "maml"
     run = TrainingRun(cfg, model, encoder, optimizer, sampler.generator, data)

@@ -54,7 +54,9 @@ class Config:
     n_query: int = 4  # query images per class
     val_way: int = 0  # classes per validation episode, at most all; 0: as n_way
     # model
-    proto_dim: int = 64  # length of a feature vector and of a prototype
+    encoder: str = "densenet"  # conv4, resnet12, torchvision:NAME, timm:NAME or FILE.py:CLASS
+    width: int = 0  # channels of the first block of conv4 and resnet12; 0: 64
+    proto_dim: int = 0  # length of a feature vector; 0: the encoder's own, 64 with densenet
     init_from: str = ""  # checkpoint whose encoder to start from, feature length included
     # optimizer
     epochs: int = 200  # passes over the training images
@@ -73,7 +75,9 @@ class Config:
 
     def __post_init__(self):
         require(self, "n_way >= 2", "val_way == 0 or val_way >= 2", "k_shot >= 1", "n_query >= 1")
-        require(self, "proto_dim >= 1", "epochs >= 1", "steps_per_epoch >= 0", "lr > 0")
+        require(
+            self, "proto_dim >= 0", "width >= 0", "epochs >= 1", "steps_per_epoch >= 0", "lr > 0"
+        )
         require(self, "all(0 < share <= 1 for share in lr_drops)")
         require(self, "precision in ('float32', 'bfloat16')", "weight_decay >= 0", "seed >= 0")
         require(self, "resume in ('false', 'true', 'auto')")
@@ -123,9 +127,9 @@ def main(cfg):
     sampler = FewShotBatchSampler(data.train.labels, *way_and_shot, include_query=True, **options)
     val_way = min(cfg.val_way or cfg.n_way, len(data.val.class_names))
     val_episodes = validation_episodes(data.val, val_way, cfg.k_shot, cfg.n_query).to(device)
-    val_images = data.normalize(data.val.images)
 
     encoder = starting_encoder(cfg, data).to(device)
+    val_images = data.normalize(data.val.images)
     optimizer = make_optimizer(encoder.parameters(), cfg.lr, cfg.weight_decay, device)
     run = TrainingRun(cfg, MODEL, encoder, optimizer, sampler.generator, data)
 

@@ -145,7 +145,8 @@ def encoder_of(checkpoint, path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            encoder = Encoder(**checkpoint["encoder"])
+            image_size = checkpoint["image_shape"][0]
+            encoder = Encoder(**checkpoint["encoder"], image_size=image_size, weights=False)
         encoder.load_state_dict(checkpoint["state_dict"])
     except Exception as error:  # a number that no network has can raise anything here
         reason = f"the weights do not fit the encoder that it names ({first_line(error)})"
@@ -161,12 +162,20 @@ def is_finite(encoder):
     return torch.stack(finite).all().item()
 
 
-def starting_encoder(cfg, data):
-    """Return the encoder of `cfg.init_from` if that names a file, else a new one.
+def starting_encoder(cfg, data, **options):
+    """Return the encoder of `cfg.init_from` if that names a file, else a new one, on the CPU.
 
-    A new one has features of `cfg.proto_dim` numbers; it computes in `cfg.precision`.
+    It computes in `cfg.precision`; a new one is made as cfg.encoder, proto_dim, width and `options`
+    say. Where it was pretrained, `data` is normalised from then on as in its training.
     """
-    encoder = load_encoder(cfg.init_from, data) if cfg.init_from else Encoder(cfg.proto_dim)
+    if getattr(cfg, "init_from", ""):
+        encoder = load_encoder(cfg.init_from, data)
+    else:
+        options |= {"width": cfg.width} if cfg.width else {}
+        size = data.train.images.shape[2]
+        encoder = Encoder(cfg.proto_dim, name=cfg.encoder, image_size=size, **options)
+    if encoder.mean:
+        data.mean, data.std = encoder.mean, encoder.std
     encoder.precision = cfg.precision
     return encoder
 

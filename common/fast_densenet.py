@@ -2,6 +2,14 @@
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+
+class DenseNetFeatures(nn.Sequential):
+    """The `features` of torchvision's DenseNet and their mean: [B, 3, H, W] -> [B, C]."""
+
+    def forward(self, images):
+        return pooled_maps(self, images)
 
 
 def pooled_maps(net, images):

@@ -36,6 +36,8 @@ from common.config import parse_config  # noqa: E402
 from common.data import load_dataset  # noqa: E402
 from common.glyphs import draw_glyph_digits, draw_glyphs  # noqa: E402
 
+# Of the smallest DenseNet, for tests that need any encoder.
+TINY = {"growth_rate": 4, "block_config": [1, 1, 1, 1], "num_init_features": 8}
 OUTCOMES = ("refused", "unchanged", "accepted wrongly", "tracebacks")
 SECONDS_OF_WORK = 3  # from the start, or the first file that a process writes, to a kill, at most
 SECONDS_TO_FINISH = 300  # longer means that it hangs

@@ -156,7 +156,7 @@ def test_models_of_any_name_are_tested_and_adapt_where_their_config_says_how(wri
         ({"model": ["protonet"]}, "'model' cannot be used"),
         ({"dataset": "letters"}, "was trained on letters; pass --dataset=letters"),
         ({"class_split": {"train": ["a"], "val": ["b"], "test": ["c", "d"]}}, "no class 'b'"),
-        ({"encoder": {"proto_dim": 8, "heads": 3}}, "weights do not fit"),
+        ({"encoder": {"proto_dim": 8, "heads": 3}}, "encoder 'densenet' cannot be made"),
         ({"state_dict": {}}, "weights do not fit"),
         (
             {"format": "few-shot checkpoint, version 0"},

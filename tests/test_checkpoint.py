@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from stress import TINY
 
 import train_protonet
 from common import UserError, checkpoint
@@ -25,7 +26,7 @@ INCLUDED = sorted(Path(checkpoint.INCLUDED).rglob("*.pt"))
 def contents_of(encoder=None, **changes):
     """Return what a checkpoint holds; by default that of a tiny encoder on the glyphs."""
     if not encoder:
-        encoder = Encoder(8, 4, (1, 1, 1, 1), 2, 8)
+        encoder = Encoder(8, **TINY)
         encoder(2 + torch.randn(10, 3, 32, 32))  # moves BatchNorm's statistics
     contents = {"format": checkpoint.FORMAT, "model": "protonet", "dataset": "glyphs", "epoch": 2}
     contents |= {"config": {"epochs": 3, "lr_drops": [0.7, 0.9]}, "val_accuracy": 0.5}

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from stress import TINY
 from test_checkpoint import contents_of
 
 import classify
@@ -39,7 +40,7 @@ INNER_LOOP = {"num_inner_steps": 2, "lr_inner": 0.05, "lr_output": 0.11}
 
 def write_checkpoint(folders, model="protonet", scale=10, size=32, **config):
     """Write model.pt; its BatchNorm statistics are far from 0 and 1. Return its encoder."""
-    encoder = Encoder(8, 4, (1, 1, 1, 1), 2, 8)
+    encoder = Encoder(8, **TINY)
     with torch.no_grad():
         for _ in range(3):
             encoder(2 + 3 * torch.randn(10, 3, 32, 32))

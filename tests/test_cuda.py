@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from stress import TINY
 
 import train_classifier
 import train_protomaml
@@ -43,8 +44,7 @@ def exact_float32(monkeypatch, one_thread):
 def new_encoder(size, **options):
     """The tutorial's encoder for a GPU, else a tiny one, always with the same weights."""
     torch.manual_seed(0)
-    sizes = () if size == "cuda" else (64, 4, (1, 1, 1, 1), 2, 8)
-    return Encoder(*sizes, **options).train()
+    return Encoder(**({} if size == "cuda" else TINY), **options).train()
 
 
 def new_step(model, size, device="cpu", dtype=torch.float32, graphs=True):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.models import DenseNet
 
-from common import encoders
+from common import encoders, fast_densenet
 from common.data import SMALLEST_IMAGE
 from common.encoders import Encoder, encode_in_batches, with_principal_features
 from common.fast_densenet import conv1x1, conv3x3
@@ -117,7 +117,7 @@ def test_unit_features_all_have_one_length_and_the_plain_direction():
 
 @pytest.mark.parametrize("unit_features", [False, True])
 def test_an_encoder_can_be_built_again_from_its_arguments(unit_features):
-    encoder = Encoder(5, 3, (1, 2, 2), 4, 6, unit_features)
+    encoder = Encoder(5, unit_features, block_config=[1, 2], bn_size=4, num_init_features=6)
     again = Encoder(**encoder.arguments)
     again.load_state_dict(encoder.state_dict())
     assert again.arguments == encoder.arguments
@@ -134,7 +134,7 @@ def test_weights_are_stored_channels_last():
 def test_on_mps_the_encoder_computes_channels_first(monkeypatch):
     images = torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     encoder = Encoder(**SMALL).eval()
-    expected, pooled_maps = encoder(images), encoders.pooled_maps
+    expected, pooled_maps = encoder(images), fast_densenet.pooled_maps
 
     def checked(features, images):
         for tensor in (images, *features.parameters()):
@@ -143,7 +143,7 @@ def test_on_mps_the_encoder_computes_channels_first(monkeypatch):
 
     layout = encoders.memory_format_of(torch.device("mps"))
     monkeypatch.setattr(encoders, "memory_format_of", lambda device: layout)
-    monkeypatch.setattr(encoders, "pooled_maps", checked)
+    monkeypatch.setattr(fast_densenet, "pooled_maps", checked)
     torch.testing.assert_close(encoder.to("cpu")(images), expected)
 
 

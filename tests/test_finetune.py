@@ -4,6 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from stress import TINY
 
 from common.augment import Views
 from common.encoders import Encoder
@@ -14,7 +15,7 @@ N_WAY, DIM = 3, 8
 
 
 def new_encoder():
-    encoder = Encoder(DIM, 4, (1, 1, 1, 1), 2, 8).double()
+    encoder = Encoder(DIM, **TINY).double()
     encoder(torch.randn(10, 3, 32, 32, dtype=torch.float64))
     return encoder.eval()
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from stress import TINY
 
 import train_protomaml
 from common.augment import Views
@@ -30,7 +31,7 @@ STEPS = pytest.mark.parametrize("steps", [1, 3])
 def new_encoder(seed=0):
     """A tiny DenseNet in float64 with running statistics far from 0 and 1."""
     torch.manual_seed(seed)
-    encoder = Encoder(DIM, 4, (1, 1, 1, 1), 2, 8).double()
+    encoder = Encoder(DIM, **TINY).double()
     for _ in range(3):
         encoder(2 + 3 * torch.randn(10, 3, 32, 32, dtype=torch.float64))
     return encoder

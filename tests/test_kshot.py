@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from stress import TINY
 
 from common import UserError
 from common.augment import Views
@@ -61,7 +62,7 @@ def images_of(labels, seed=0):
 def tiny_encoder(images):
     """An encoder with the running statistics of these images, else all are of one class to it."""
     torch.manual_seed(0)
-    encoder = Encoder(8, 4, (1, 1, 1, 1), 2, 8).double()
+    encoder = Encoder(8, **TINY).double()
     with torch.no_grad():
         for _ in range(30):
             encoder(images[:30])

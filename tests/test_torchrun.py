@@ -44,8 +44,10 @@ WATCHED = """
 import torch
 from common import checkpoint, data, encoders, parallel
 
-def starting_encoder(cfg, data):
-    return encoders.Encoder(8, 4, (1, 1, 1, 1), 2, 8).to(dtype)
+def starting_encoder(cfg, data, **options):
+    if options:  # the classifier's
+        return as_ever(cfg, data, **options)
+    return encoders.Encoder(8, growth_rate=4, block_config=[1, 1], num_init_features=8).to(dtype)
 
 def noting(sums=(), means=()):
     all_reduce(sums, means)
@@ -53,6 +55,7 @@ def noting(sums=(), means=()):
         notes.append([[tensor.clone() for tensor in group] for group in (sums, means)])
 
 dtype, notes, all_reduce = torch.{dtype}, [], parallel.all_reduce
+as_ever = checkpoint.starting_encoder
 parallel.all_reduce, checkpoint.starting_encoder = noting, starting_encoder
 normalize = data.TrainingData.normalize
 data.TrainingData.normalize = lambda self, images: normalize(self, images).to(dtype)

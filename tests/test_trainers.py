@@ -10,6 +10,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from stress import TINY
 
 import evaluate
 import train_classifier
@@ -38,24 +39,14 @@ TRAINERS = {
 CPU = torch.device("cpu")
 
 
-def tiny_encoder(
-    proto_dim=8,
-    growth_rate=4,
-    block_config=(1, 1, 1, 1),
-    bn_size=2,
-    num_init_features=8,
-    unit_features=False,
-    stem_stride=2,
-):
-    sizes = (proto_dim, growth_rate, block_config, bn_size, num_init_features)
-    return Encoder(*sizes, unit_features, stem_stride)
+def tiny_encoder(proto_dim=8, name="densenet", **options):
+    return Encoder(proto_dim, name=name, **(TINY if name == "densenet" else {}) | options)
 
 
 @pytest.fixture(autouse=True)
 def tiny_encoders(monkeypatch):
     """Let the trainers build tiny encoders: what counts is what goes on around them. No figures."""
     monkeypatch.setattr("common.checkpoint.Encoder", tiny_encoder)
-    monkeypatch.setattr(train_classifier, "Encoder", tiny_encoder)
     monkeypatch.setattr("common.training_run.plot_training_curves", lambda *arguments: None)
 
 
@@ -237,14 +228,14 @@ OPTIONS = """
     split=other.json min_crop_area=0.5 color_jitter=0.6 label_smoothing=0.3 n_way=3 k_shot=1
     n_query=1 tasks_per_step=2 val_way=3 val_episodes=1 proto_dim=4 stem_stride=1
     principal_features=true output_init=zeros num_inner_steps=2 lr_inner=0.2 lr_output=0.2 epochs=1
-    batch_size=12 lr=5e-3 lr_drops=0.4 weight_decay=0.5 steps_per_epoch=1 seed=1 precision=bfloat16
+    encoder=conv4 batch_size=12 lr=5e-3 lr_drops=0.4 weight_decay=0.5 steps_per_epoch=1 seed=1 precision=bfloat16
 """
 OPTIONS = dict(option.split("=") for option in OPTIONS.split())
 # Where a run gets its data, where it computes and where its files go; and what has other tests: a
 # start from a file, a folder's images, how a run goes on.
 OTHERS = set(
     "recipe dataset data_dir image_size device cuda_graphs checkpoint_dir resume overwrite "
-    "init_from batchnorm teacher distillation_weight temperature".split()
+    "init_from batchnorm teacher distillation_weight temperature width".split()
 )
 
 

@@ -206,7 +206,7 @@ def test_resuming_something_else_names_the_differences(
 
     before = bytes_of(unfinished)
     refused(r"lr was 0.0002 and is 0.001; seed was 42 and is 7; put", "--lr=1e-3", "--seed=7")
-    refused("proto_dim was 64 and is 8; encoder has changed", "--proto_dim=8")
+    refused("proto_dim was 0 and is 8; encoder has changed", "--proto_dim=8")
     refused("--resume=true.*--overwrite=true", "--overwrite=true")
     path = unfinished / "glyphs" / "protonet_last.pt"
     contents = load_checkpoint(path)
