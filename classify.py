@@ -2,6 +2,7 @@
 
     python classify.py --support=FOLDER --images=FOLDER
     python classify.py --support=FOLDER --images=FOLDER --model=FILE           # any checkpoint
+    python classify.py --support=FOLDER --images=FOLDER --model=torchvision:resnet50   # ImageNet's
     python classify.py --support=FOLDER --images=FOLDER --finetune_steps=160   # unlike CIFAR-100
 
 The support folder has one folder per class with one image or more, FOLDER/cat/1.jpg; the images to
@@ -56,7 +57,7 @@ class Config:
     support: str = ""  # folder with one folder of labelled images per class; required
     images: str = ""  # folder of the images to classify; required
     # model
-    model: str = ""  # checkpoint of any kind; empty: the first of yours, or the classifier
+    model: str = ""  # checkpoint, torchvision:NAME or timm:NAME; empty: yours, or the classifier
     # inner loop of MAML and ProtoMAML
     num_inner_steps: int = 0  # SGD steps on the support set; 0: as in training
     lr_inner: float = 0.0  # learning rate for the encoder; 0: as in training
@@ -92,18 +93,17 @@ def main(cfg):
     if size != width:
         raise UserError(f"{path} was trained on {width}x{size} pixels; pass one of square images")
 
-    support = read_folder(Path(cfg.support), size)
+    support, bits = read_folder(Path(cfg.support), size)
     labels, class_names = torch.from_numpy(support["labels"]), support["class_names"].tolist()
     print_unused([folder], list_images(folder))
     errors = {}
-    bits = support["bits"]  # in use, of 16: those of the support images, if they have 16
     images, bits = read_images(list_images(folder), size, str(folder), errors, bits)
     files = [file for file in list_images(folder) if file not in errors]
     for error in errors.values():
         print(f"skipped: {shown(error)}", file=sys.stderr)
     if not files:
         raise UserError(f"{folder} holds no image to classify ({', '.join(IMAGE_SUFFIXES)})")
-    require_writable(cfg.results_dir)
+    require_writable(cfg.results_dir or ".")
     normalized = partial(normalize, mean=checkpoint["mean"], std=checkpoint["std"])
     pixels = (torch.from_numpy(each).permute(0, 3, 1, 2) for each in (support["images"], images))
     support, images = (each.to(device) for each in pixels)

@@ -5,6 +5,7 @@
     python evaluate.py --recipe=best                     CIFAR-100 and MNIST, as in the README
     python evaluate.py --models=FILE --domains=mnist     one checkpoint of yours, or the tutorial's
     python evaluate.py --recipe=papers --models=FILE     random 5-way episodes, as in papers
+    python evaluate.py --models=torchvision:resnet18     pretrained, without training here
 
 Tests what you trained on the data set, or else the models that come with the project. Writes
 accuracy.json, .csv and .md and the figures into results/<dataset>/. What is there already for the
@@ -37,7 +38,7 @@ from common.data import SOURCES, is_there, load_dataset, normalize
 from common.device import pick_device
 from common.files import require_writable, sha256, write_text
 from common.parallel import is_first, on_first, process_count
-from common.splits import split_classes, split_name
+from common.splits import class_split, split_classes, split_name
 
 PROTOCOL = 1  # version of the test: results of another version are not reused
 DEFAULT_DOMAINS = {"cifar100": ("svhn",), "glyphs": ("glyph_digits",)}
@@ -52,7 +53,7 @@ class Config:
     domains: tuple[str, ...] = ("auto",)  # unseen data sets; auto: svhn or glyph_digits
     data_dir: str = os.environ.get("PATH_DATASETS", "data")  # folder of the data sets
     # models
-    models: tuple[str, ...] = ()  # checkpoints or folders; empty: yours, else those included
+    models: tuple[str, ...] = ()  # files, folders, torchvision:NAME; empty: yours, else included
     finetune: tuple[str, ...] = ()  # models to test once more, fine-tuned on each support set
     # test
     classes: str = "test"  # held-out classes: test for the final table, val to choose settings on
@@ -165,13 +166,15 @@ def load_checkpoints(cfg):
     for path in find_checkpoints(cfg.dataset, cfg.models):
         checkpoint = load_checkpoint(path)
         model, trained_on = checkpoint["model"], checkpoint["dataset"]
-        if trained_on != cfg.dataset:
+        if trained_on not in ("", cfg.dataset):  # a pretrained network names none
             dataset = shell_command(f"--dataset={trained_on}")
             raise UserError(f"{path} was trained on {trained_on}; pass {dataset}")
         if model in checkpoints:
             both = f"{checkpoints[model]['path']} and {path}"
             raise UserError(f"{both} both hold a {model}; test one at a time, --models=FILE")
-        checkpoints[model] = {**checkpoint, "path": path, "file_sha256": sha256(path)}
+        encoder_of(checkpoint, path)  # it can be built, or this raises
+        digest = sha256(path) if trained_on else content_digest(checkpoint["state_dict"])
+        checkpoints[model] = {**checkpoint, "path": path, "file_sha256": digest}
     if absent := set(cfg.finetune) - set(checkpoints):
         found = ", ".join(checkpoints)
         raise UserError(f"finetune names {min(absent)}, which is not tested; take some of {found}")
@@ -186,8 +189,12 @@ def load_image_sets(cfg, checkpoints):
     name of the class split of the training, {what cannot be tested: why}). Of several things, those
     that can be tested are worth having. Raises UserError where nothing can.
     """
-    first, *others = checkpoints.values()
-    shape, split = first["image_shape"], split_of_training(first, checkpoints)
+    # A pretrained network takes images of any size; it has no split.
+    first, *others = [each for each in checkpoints.values() if each["dataset"]] or [None]
+    shape = first["image_shape"] if first else [32, 32]
+    if not first and cfg.dataset not in SOURCES:
+        shape = next(iter(checkpoints.values()))["image_shape"]
+    split = first and split_of_training(first, checkpoints)
     for other in others:
         if other["image_shape"] != shape or split_of_training(other, checkpoints) != split:
             raise UserError(
@@ -203,7 +210,7 @@ def load_image_sets(cfg, checkpoints):
         try:
             image_set = on_first(partial(load_images, cfg, name, shape, download))
             if own:
-                split = split or split_classes(sorted(image_set.class_names))
+                split = split or class_split("auto", image_set)
                 # In the known ones the order of the images may differ.
                 digests = {each.get("data_digest") for each in checkpoints.values()} - {None}
                 if name not in SOURCES and digests - {image_set.digest()}:
@@ -231,7 +238,7 @@ def load_image_sets(cfg, checkpoints):
 
 def split_of_training(checkpoint, checkpoints):
     """Return a checkpoint's split; the tutorial's files carry none, theirs is that of the names."""
-    splits = [each["class_split"] for each in checkpoints.values()]
+    splits = [each["class_split"] or {} for each in checkpoints.values()]
     names = sorted(name for part in max(splits, key=len).values() for name in part)
     return checkpoint["class_split"] or (split_classes(names) if names else {})
 
@@ -239,7 +246,7 @@ def split_of_training(checkpoint, checkpoints):
 def load_images(cfg, name, shape, download):
     """Return the ImageSet `name`, whose images must have the `shape` of training."""
     if not download and not is_there(name, cfg.data_dir):
-        raise UserError(f"it is not in {cfg.data_dir}; to download it, pass --domains=")
+        raise UserError(f"it is not in {cfg.data_dir}; without a domain of yours it is downloaded")
     image_set = load_dataset(name, cfg.data_dir, shape[0])
     if (found := list(image_set.images.shape[2:])) != list(shape):
         raise UserError(f"the images of {name} are {found} pixels, {list(shape)} are needed")
@@ -387,8 +394,8 @@ def how_it_was_made(checkpoints):
     lines = [f"\n    {shell_command('python', 'evaluate.py', *sys.argv[1:])}\n"]
     for each in checkpoints.values():
         epochs = each["config"].get("epochs", "?")  # the tutorial's files do not say
-        digest = each["file_sha256"][:12]
-        lines.append(f"- {each['path']}, epoch {each['epoch']} of {epochs}, SHA-256 {digest}...")
+        epoch = f" epoch {each['epoch']} of {epochs}," if each["dataset"] else ""
+        lines.append(f"- {each['path']},{epoch} SHA-256 {each['file_sha256'][:12]}...")
     return "\n".join(lines) + "\n"
 
 

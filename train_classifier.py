@@ -92,7 +92,7 @@ class Config:
         require(self, "weight_decay >= 0", "steps_per_epoch >= 0", "seed >= 0", "temperature > 0")
         require(self, "0 <= label_smoothing <= 1", "0 <= distillation_weight <= 1")
         require(self, "0 < min_crop_area <= 1", "0 <= color_jitter <= 1")
-        require(self, "resume in ('false', 'true', 'auto')")
+        require(self, "resume.lower() in ('false', 'true', 'auto')")
         require(self, "precision in ('float32', 'bfloat16')")
 
 

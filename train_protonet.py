@@ -80,7 +80,7 @@ class Config:
         )
         require(self, "all(0 < share <= 1 for share in lr_drops)")
         require(self, "precision in ('float32', 'bfloat16')", "weight_decay >= 0", "seed >= 0")
-        require(self, "resume in ('false', 'true', 'auto')")
+        require(self, "resume.lower() in ('false', 'true', 'auto')")
 
 
 RECIPES = {

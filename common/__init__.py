@@ -6,6 +6,8 @@ import shlex
 import subprocess
 import unicodedata
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the project's folder
+
 
 class UserError(Exception):
     """Something the user can put right. The message is one line: found, needed, what to do."""
@@ -34,3 +36,9 @@ def shown(name):
 def shell_command(*words):
     """Return a command as it is typed: with quotation marks where the system's shell needs them."""
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def script_command(script, *options):
+    """Return the command that calls a script of the project, from whatever folder this one was."""
+    there = os.path.abspath(script) == os.path.join(ROOT, script)
+    return shell_command("python", script if there else os.path.join(ROOT, script), *options)

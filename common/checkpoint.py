@@ -9,14 +9,14 @@ import warnings
 
 import torch
 
-from common import UserError, first_line, shell_command
-from common.encoders import Encoder
+from common import ROOT, UserError, first_line, script_command
+from common.encoders import Encoder, is_pretrained
 from common.files import atomic_file
 from common.splits import PARTS, split_classes
 from common.tutorial import is_lightning_file, read_lightning_file
 
 # The models that come with the project: <recipe>/<data set>/<model>.pt.
-INCLUDED = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "checkpoints")
+INCLUDED = os.path.join(ROOT, "checkpoints")
 FORMAT = "few-shot checkpoint, version 2"
 # What a checkpoint must hold. `model` is the name under which it is tested; one whose `config` has
 # an inner loop adapts to every support set, the others take the nearest prototype.
@@ -48,9 +48,12 @@ def save_checkpoint(path, contents):
 def load_checkpoint(path):
     """Return the checkpoint in `path`, on the CPU: the dict that a training run saved.
 
-    The tutorial's Lightning files have no digest: they are read with a notice. Code inside a file
-    is never run. Raises UserError where the file is missing, damaged, foreign or hostile.
+    path: also torchvision:NAME or timm:NAME, a pretrained network. The tutorial's Lightning files
+    have no digest: they are read with a notice. Code inside a file is never run. Raises UserError
+    where the file is missing, damaged, foreign or hostile.
     """
+    if is_pretrained(str(path)):
+        return pretrained_checkpoint(path)
     path = included_or(path)
     if not os.path.isfile(path):
         raise UserError(f"there is no checkpoint {path}; train one first, or pass another file")
@@ -70,7 +73,7 @@ def load_checkpoint(path):
                 raise TypeError(f"its {name!r} cannot be used")
         return contents
     except Exception as error:  # a bad file can raise anything here
-        if objects := re.search(r"(?:Unsupported global: GLOBAL|Trying to load) (\S+)", str(error)):
+        if objects := re.search(r"GLOBAL (\S+)", str(error)):
             found = f"{path} holds more than tensors and plain values ({objects[1]}), and loading "
             found += "it could run code of the file"
             how = "save it again with plain values alone: str(path), float(number)"
@@ -81,12 +84,24 @@ def load_checkpoint(path):
         ) from error
 
 
+def pretrained_checkpoint(name):
+    """Return what load_checkpoint does for a network with its published weights.
+
+    Its class_split is None: it was trained on other classes, but may have seen all that there are.
+    """
+    encoder = Encoder(name=name, unit_features=True)  # cosines: else probabilities are near 1
+    contents = {"model": name, "dataset": "", "config": {}, "epoch": 0, "class_split": None}
+    contents |= {"encoder": encoder.arguments, "state_dict": encoder.state_dict()}
+    size = {"image_shape": list(encoder.features.size)}
+    return {**contents, **size, "mean": encoder.mean, "std": encoder.std}
+
+
 def included_or(path):
     """Return `path`, or the file that comes with the project where only that exists.
 
     So a script finds the included models from whatever folder it is called.
     """
-    ours = os.path.join(os.path.dirname(INCLUDED), path)
+    ours = os.path.join(ROOT, path)
     return ours if os.path.exists(ours) and not os.path.exists(path) else path
 
 
@@ -107,7 +122,7 @@ def find_checkpoints(dataset, named=()):
             print(f"models: those in {path}{os.sep}")
             break
     if not found:
-        train = shell_command("python", "train_protonet.py", f"--dataset={dataset}")
+        train = script_command("train_protonet.py", f"--dataset={dataset}")
         raise UserError(f"found no checkpoint for {dataset}; train one ({train}) or name a file")
     return found
 
@@ -188,13 +203,14 @@ def load_encoder(path, data):
     """
     checkpoint = load_checkpoint(path)
     trained_split, shape = checkpoint["class_split"], list(data.train.images.shape[2:])
-    if not trained_split and data.train.name == "cifar100":
+    if trained_split == {} and data.train.name == "cifar100":
         # The tutorial's files name no classes: they are its split, of names in alphabetical order.
         names = sorted(name for part in PARTS for name in data.split[part])
         trained_split = split_classes(names)
-    if trained_split != data.split:
+    if trained_split not in (None, data.split):
         raise UserError(f"{path} was trained on other classes than this run's; pass another file")
-    if (trained_on := checkpoint["image_shape"]) != shape:
+    scales = is_pretrained(checkpoint["encoder"].get("name", ""))  # images of any size
+    if (trained_on := checkpoint["image_shape"]) != shape and not scales:
         raise UserError(
             f"{path} was trained on {trained_on} pixels, this run's images have {shape}"
         )

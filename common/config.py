@@ -30,8 +30,8 @@ def run_script(main, config_class, recipes=None, torchrun=True):
     script, stopped = os.path.basename(sys.argv[0]), "stopped; what was saved before is intact"
     if isinstance(sys.stdout, io.TextIOWrapper):  # class names may use any alphabet
         sys.stdout.reconfigure(errors="backslashreplace")
-    for name in ("SIGTERM", "SIGHUP", "SIGUSR1"):  # a cluster's notice; Windows has only the first
-        number = getattr(signal, name, None)
+    for name in ("TERM", "HUP", "USR1", "USR2", "XCPU"):  # clusters' notices; Windows has only TERM
+        number = getattr(signal, f"SIG{name}", None)
         if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
             signal.signal(number, _raise_stop)
     try:
@@ -59,7 +59,7 @@ def run_script(main, config_class, recipes=None, torchrun=True):
     if code and ("RANK" in os.environ or any(not thread.daemon for thread in others)):
         # Python would wait for the threads until they finish, an adaptation of a minute perhaps,
         # and torch.distributed for processes that have ended.
-        sys.stderr.flush()
+        sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 

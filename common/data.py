@@ -119,7 +119,7 @@ def load_dataset(name, data_dir, image_size=32):
     has_folder = folder.is_dir() and not made
     arrays = stored = _read_npz(file) if file.exists() else None
     if has_folder and (stored is None or "folder_state" in stored):
-        arrays = read_folder(folder, image_size, file, stored)
+        arrays, _ = read_folder(folder, image_size, file, stored)
     elif has_folder:
         print(f"{file} is used, not the folder {folder}; remove the one that is not meant")
     elif stored is None:
@@ -139,7 +139,8 @@ def load_dataset(name, data_dir, image_size=32):
 
 def is_there(name, data_dir):
     """Return whether the data set `name` can be had from `data_dir` without a download."""
-    files = f"{name}.npz", Path(_DOWNLOADS.get(name, name)).name
+    archive = Path(_DOWNLOADS.get(name, name)).name
+    files = f"{name}.npz", archive, archive.removesuffix(".tar.gz")
     return name not in _DOWNLOADS or any(Path(data_dir, file).exists() for file in files)
 
 
@@ -187,6 +188,7 @@ def _image_set(name, arrays, source):
     images, labels, names = (arrays.get(key, np.empty(0)) for key in ARRAYS[:3])
     if labels.ndim == 2 and labels.shape[1] == 1:  # as Keras and MedMNIST have them
         labels = labels[:, 0]
+    labels = labels.astype(np.int64) if labels.dtype.kind in "iu" else labels
     try:
         class_names = [shown(each) for each in names.tolist()]
         wrong = np.setxor1d(labels, np.arange(names.size)).tolist()

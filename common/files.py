@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import secrets
+import tempfile
 import time
 
 from common import UserError
@@ -52,12 +53,12 @@ def _replace(source, path):
 
 
 def require_writable(folder):
-    """Raise UserError where no file can be written into a folder, which need not be there yet."""
-    is_new, probe = not os.path.isdir(folder), os.path.join(folder, ".probe")
-    write_text(probe, "")
-    os.remove(probe)
-    if is_new:
-        os.rmdir(folder)
+    """Make the folder; raise UserError where no file can be written into it."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"cannot write into {folder}: {error.strerror}; name another") from error
 
 
 def require_file_name(name, what):

@@ -6,7 +6,13 @@ import torch
 import torch.nn.functional as F
 
 from common.inner_loop import copy_weights
-from common.prototypes import distance_logits, episode_labels, make_prototypes, prototype_head
+from common.prototypes import (
+    class_counts,
+    distance_logits,
+    episode_labels,
+    make_prototypes,
+    prototype_head,
+)
 
 MAX_IN_HALF = 8  # images of a class in one half
 MIN_CROP_AREA = 0.6  # of the smallest crop, as a share of the image
@@ -36,7 +42,7 @@ class FineTuning:
         copy_weights(encoder, local.eval())
         optimizer = torch.optim.Adam(local.parameters(), self.finetune_lr)
         generator = torch.Generator().manual_seed(0)
-        by_class = support[equal_shots(y_spt)].view(n_way, -1)  # [N, K]
+        by_class = support[equal_shots(y_spt, n_way)].view(n_way, -1)  # [N, K]
         # Images of a class in each half; its only image is in both.
         half = max(1, min(by_class.shape[1] // 2, MAX_IN_HALF))
         labels = episode_labels(n_way, half, support.device)  # [N * half]
@@ -56,11 +62,11 @@ class FineTuning:
             return prototype_head(make_prototypes(features, n_way))
 
 
-def equal_shots(labels):
+def equal_shots(labels, n_way):
     """Return positions in `labels`, class by class, of every class as many as the largest has.
 
     Smaller classes repeat theirs, in order.
     """
-    positions = [torch.nonzero(labels == c)[:, 0] for c in labels.unique()]
-    largest = max(map(len, positions))
+    largest = class_counts(labels, n_way).max().item()
+    positions = [torch.nonzero(labels == c)[:, 0] for c in range(n_way)]
     return torch.cat([own[torch.arange(largest) % len(own)] for own in positions])

@@ -21,13 +21,13 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tif
 
 
 def read_folder(folder, size, file=None, kept=None):
-    """Return the arrays of a data set (see data.py) made of folders of images.
+    """Return (the arrays of a data set, see data.py, made of folders of images; bits).
 
     They are <folder>/<class>/, or <folder>/<part>/<class>/ with the parts train, val and test. The
     images are those that `read_image` gives. The arrays are kept in `file`, if one is named;
     `kept`, what that held before, is returned where nothing changed since. Says what is not used
-    and which images are there twice. Raises UserError for less than two classes, one without
-    images, and an image that cannot be read.
+    and which images are there twice. bits: as of `read_images`. Raises UserError for less than two
+    classes, one without images, and an image that cannot be read.
     """
     class_folders, files = _classes_of(folder)
     class_names, parts = [shown(path.name) for path in class_folders], None
@@ -39,7 +39,7 @@ def read_folder(folder, size, file=None, kept=None):
     state = _state_of(folder, paths, size)
     if kept and kept["folder_state"] == state:
         print_copies(kept["images"], paths, kept["labels"], class_names)
-        return kept
+        return kept, None
     if kept:
         print(f"{folder}, or --image_size, changed since {file} was made; reading the images again")
     print_unused({folder, *class_folders, *(path.parent for path in class_folders)}, paths)
@@ -56,7 +56,7 @@ def read_folder(folder, size, file=None, kept=None):
                 np.savez(temporary, **arrays)
     except UserError as error:
         print(f"{folder} will be read again at the next start: {error}")
-    return arrays | {"bits": bits}
+    return arrays, bits
 
 
 def _classes_of(folder):
@@ -85,14 +85,12 @@ def _folders_in(folder):
 
 def _check_names(class_names, folder):
     """Raise UserError where two classes cannot be told apart; say where some systems could not."""
-    seen = {}
-    for name in class_names:
-        twin = seen.setdefault(name.casefold(), name)
-        if twin is not name and twin == name:
-            found = f"{shown(folder)} has two folders {name!r}, their accents stored in two ways"
-            raise UserError(f"{found}; put their images into one")
-        if twin != name:
-            print(f"{twin!r} and {name!r} would be one folder on Windows and macOS")
+    if twins := {name for name in class_names if class_names.count(name) > 1}:
+        found = f"{shown(folder)} has two folders {min(twins)!r}, their accents stored in two ways"
+        raise UserError(f"{found}; put their images into one")
+    lower = [name.lower() for name in class_names]
+    if twins := [name for name in class_names if lower.count(name.lower()) > 1]:
+        print(f"{twins[0]!r} and another class would be one folder on Windows and macOS")
 
 
 def _state_of(folder, paths, size):
@@ -150,12 +148,12 @@ def print_copies(images, paths, labels, class_names):
         if earlier != number:
             (within if labels[earlier] == labels[number] else between).append((number, earlier))
     for found, what, why in (
-        (within, "copies of others", "accuracy will be too high; remove them"),
+        (within, "copies of others in their class", "accuracy will be too high; remove them"),
         (between, "in two classes", "no model can be right on both; decide on one"),
     ):
         if found:
-            copy, of = (f"{shown(paths[n])} (class {class_names[labels[n]]!r})" for n in found[0])
-            example = f"{copy} is {of} for example"
+            pair = [f"{shown(paths[n])} (class {class_names[labels[n]]!r})" for n in found[0]]
+            example = f"for example {' and '.join(pair)}"
             print(f"{len(found)} of {len(images)} images are {what}, {example}: {why}")
 
 
@@ -188,11 +186,29 @@ def read_images(paths, size, title, errors=None, bits=None):
     bits: how many are in use where a channel has 16; None: as many as the brightest of all needs,
     which is returned, or None where no image is such. Says of what only the first page is used.
     """
+    images, facts = _read(paths, size, title, errors, bits or 16)
+    pages = {path: each["frames"] for path, each in facts.items() if "frames" in each}
+    if pages and (bits is None or errors is not None):
+        path, count = next(iter(pages.items()))
+        found = f"images of several pages or frames: {len(pages)}, {shown(path)} has {count}"
+        print(f"{title}: {found}; only the first of each is used")
+    deep = [each["brightest"] for each in facts.values() if "brightest" in each]
+    if deep and bits is None:
+        bits = max(8, (max(deep).bit_length() + 1) // 2 * 2)  # 8, 10, 12, 14 or 16
+        found = f"images of 16 bits per channel: {len(deep)}"
+        print(f"{title}: {found}; the brightest needs {bits} of them, and all are scaled by that")
+        if bits < 16:
+            images, _ = _read(paths, size, title, errors, bits)
+    return images, bits
+
+
+def _read(paths, size, title, errors, bits):
+    """Return (images, {path: the facts of `read_image`})."""
     facts = {path: {} for path in paths}
 
     def attempt(path):
         try:
-            return read_image(path, size, bits or 16, facts[path])
+            return read_image(path, size, bits, facts[path])
         except UserError as error:
             if errors is None:
                 raise  # map() then cancels what has not begun
@@ -209,18 +225,7 @@ def read_images(paths, size, title, errors=None, bits=None):
             else:
                 images[count] = image
                 count += 1
-    deep = [each["brightest"] for each in facts.values() if "brightest" in each]
-    if deep and not bits:
-        bits = max(8, (max(deep).bit_length() + 1) // 2 * 2)  # 8, 10, 12, 14 or 16
-        found = f"images of 16 bits per channel: {len(deep)}"
-        print(f"{title}: {found}; the brightest needs {bits} of them, and all are scaled by that")
-        if bits < 16:
-            return read_images(paths, size, title, errors, bits)
-    if pages := {path: each["frames"] for path, each in facts.items() if "frames" in each}:
-        path, count = next(iter(pages.items()))
-        found = f"images of several pages or frames: {len(pages)}, {shown(path)} has {count}"
-        print(f"{title}: {found}; only the first of each is used")
-    return images[:count], bits
+    return images[:count], facts
 
 
 @contextlib.contextmanager
@@ -238,19 +243,28 @@ def _in_8_bits(path, image, bits, facts):
     """Return an image of 16 bits per channel, `bits` of them in use, in 8; others as they are."""
     if image.mode == "F":
         raise ValueError("its pixels are floats, not 8 or 16 bits")
-    if image.mode.startswith("I"):
+    layout, alpha = repr(image.tile), None
+    order = image.mode.startswith("I")
+    if order:
         shades = np.asarray(image, dtype=np.int64)
-    elif order := re.search("(RGBA?|LA)(;16[BLN])", repr(image.tile)):
-        shades = np.asarray(image, dtype=np.int64) * 256  # of colours Pillow reads the high byte
-        has_low = bits < 16 and order[1] != "LA"
-        shades += _low_bytes(path, order[2]) if has_low else 255
-    else:
+    elif ";16" not in layout:
         return image
+    elif order := re.search("'(RGBA?|LA)(;16[BLN])'", layout):
+        shades = np.asarray(image, dtype=np.int64) * 256  # of colours Pillow reads the high byte
+        shades += _low_bytes(path, order[2]) if bits < 16 and order[1] != "LA" else 255
+        if shades.shape[2] == 4:
+            shades, alpha = shades[..., :3], shades[..., 3:]
+    planar = getattr(image, "tag_v2", {}).get(284) == 2
+    if not order or planar or bits < 16 and order is not True and order[1] == "LA":
+        raise ValueError(f"its 16 bits per channel cannot be read here ({image.format}); use 8")
     if shades.min() < 0 or shades.max() >= 2**bits:
         found = f"its shades run from {shades.min()} to {shades.max()}"
         raise ValueError(f"{found}, but those of its data set from 0 to {2**bits - 1}")
-    facts["brightest"] = int(shades.max())
-    deep = Image.fromarray((shades >> bits - 8).astype(np.uint8))
+    facts["brightest"], shades = int(shades.max()), shades >> bits - 8
+    if alpha is not None:  # all that it covers may be opaque in 12 bits, or in all 16
+        alpha = alpha >> (8 if alpha.max() >= 2**bits else bits - 8)
+        shades = np.concatenate([shades, alpha], axis=2)
+    deep = Image.fromarray(shades.astype(np.uint8))
     deep.info = image.info
     return deep
 

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from common.prototypes import make_prototypes, prototype_head
+from common.prototypes import class_counts, make_prototypes, prototype_head
 
 
 def inner_loop(
@@ -80,7 +80,7 @@ class InnerLoop:
         Returns (weight [n_way, D], bias [n_way]); the copy is in train mode after "batch".
         """
         support, y_spt = support[order := y_spt.argsort(stable=True)], y_spt[order]
-        x_spt, counts = views.images_of(support), torch.bincount(y_spt, minlength=n_way)
+        x_spt, counts = views.images_of(support), class_counts(y_spt, n_way)
         y_spt = y_spt.repeat_interleave(views.count)
         if counts.min() == counts.max():
             head, class_weights = self.start(encoder, x_spt, n_way, local), None

@@ -32,7 +32,8 @@ def support_sets(labels, k_shot, class_names, max_sets=0):
     has no image left to be a query.
     """
     counts = torch.bincount(class_numbers(labels), minlength=len(class_names)).tolist()
-    require_images(counts, k_shot + 1, class_names, f"a test with k = {k_shot} and one query")
+    what = f"a test with k = {k_shot} and one query"
+    require_images(counts, k_shot + 1, class_names, what, "--k_shots")
     sets = FewShotBatchSampler(labels, len(class_names), k_shot, shuffle=False).episodes()
     return spread_evenly(sets, max_sets)
 
@@ -55,7 +56,8 @@ def random_episodes(labels, n_way, k_shot, n_query, count, class_names):
     if classes < n_way:
         raise UserError(f"found {classes} classes, {n_way} are needed; pass a smaller --n_way")
     counts = torch.bincount(labels, minlength=classes).tolist()
-    require_images(counts, size, class_names, f"an episode with k = {k_shot} and {n_query} queries")
+    what = f"an episode with k = {k_shot} and {n_query} queries"
+    require_images(counts, size, class_names, what, "--k_shots or --n_query")
     images_of_class = torch.argsort(labels, stable=True).split(counts)
     generator = torch.Generator().manual_seed(0)
 

@@ -76,7 +76,7 @@ class Workers:
 def process_count():
     """Return the number of processes that torchrun started, on all machines; else 1."""
     rank, count = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE"))
-    if rank is None or count is None:
+    if rank is None or count is None or rank == count == "":
         return 1
     if not (rank.isdecimal() and count.isdecimal() and int(rank) < int(count)):
         found = f"RANK={rank} WORLD_SIZE={count} in the environment are no process of several"
@@ -170,8 +170,9 @@ def _communicate(operation, *arguments):
             starting.result()
             atexit.register(distributed.destroy_process_group)
         operation(*arguments)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise UserError(
             f"another process ended early or cannot be reached ({first_line(error)[:160]}); see "
-            "what it says, then start again: what was saved is intact"
+            "what it says, then start again: what was saved is intact. Where there should be no "
+            "other: unset RANK WORLD_SIZE"
         ) from error

@@ -21,11 +21,21 @@ def make_prototypes(support, n_way, labels=None):
     """
     if labels is not None:
         sums = support.new_zeros(n_way, support.shape[1]).index_add_(0, labels, support)
-        return sums / torch.bincount(labels, minlength=n_way)[:, None]
+        return sums / class_counts(labels, n_way)[:, None]
     if len(support) % n_way:
         found = f"{len(support)} support features cannot be {n_way} classes of the same size"
         raise UserError(f"{found}; pass their labels to make_prototypes")
     return support.view(n_way, -1, support.shape[1]).mean(dim=1)
+
+
+def class_counts(labels, n_way):
+    """Return how often each class is in labels, int64 [n_way]; raise UserError where one is not."""
+    counts = torch.bincount(labels, minlength=n_way)
+    if len(counts) != n_way or not counts.all():
+        raise UserError(
+            f"labels of a {n_way}-way task have to be 0 to {n_way - 1}, each at least once"
+        )
+    return counts
 
 
 def distance_logits(features, prototypes):

@@ -61,7 +61,8 @@ class FewShotBatchSampler:
                 "held out); pass a smaller --n_way, or add classes"
             )
         what = f"an episode of {K_shot} support + {self.num_query} query images"
-        require_images(counts, self.images_per_class, class_names or classes, what)
+        needed, options = self.images_per_class, "--k_shot or --n_query"
+        require_images(counts, needed, class_names or classes, what, options)
         self.images_of_class = torch.argsort(targets, stable=True).split(counts)
         chunks = [count // self.images_per_class for count in counts]
         self.chunks_of_class = _chunks_to_deal(chunks, N_way)
@@ -132,14 +133,17 @@ def class_numbers(labels):
     return labels
 
 
-def require_images(counts, needed, class_names, what):
-    """Raise UserError where a class has fewer images than needed; what: what needs them."""
+def require_images(counts, needed, class_names, what, options):
+    """Raise UserError where a class has fewer images than needed.
+
+    what needs them, in words; options: of the command line, which would need fewer.
+    """
     if lacking := [count for count in counts if count < needed]:
         name, fewest = class_names[counts.index(min(lacking))], min(lacking)
         more = f"; {len(lacking)} of {len(counts)} classes have too few" if lacking[1:] else ""
         raise UserError(
             f"class {name!r} has {fewest} images, but {what} needs {needed} of each class{more}; "
-            f"take {fewest} in all at most, or add images"
+            f"pass smaller {options}, or add images"
         )
 
 

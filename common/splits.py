@@ -1,10 +1,11 @@
 """Class splits: which classes train a model, which ones choose its settings, which ones test it."""
 
 import json
+from pathlib import Path
 
 import torch
 
-from common import UserError, shown
+from common import UserError, first_line, shown
 
 PARTS = ("train", "val", "test")
 # Validation and test classes of the papers' splits of CIFAR-100; all others are training classes.
@@ -65,13 +66,12 @@ def read_split(path, data):
     Raises UserError where it cannot be read, or does not fit the classes of an ImageSet.
     """
     try:
-        with open(path, encoding="utf-8-sig") as file:  # Notepad begins it with a mark
-            content = json.load(file)
+        content = json.loads(Path(path).read_bytes())  # UTF-8 or UTF-16, with a mark or without
         split = {part: list(map(shown, content[part])) for part in PARTS}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(
-            f"split {path!r} cannot be read ({error!r}); pass one of {', '.join(NAMES)} or a JSON "
-            'file of {"train": [names], "val": [names], "test": [names]}'
+            f"split {path!r} cannot be read ({first_line(error)}); pass one of {', '.join(NAMES)} "
+            'or a JSON file of {"train": [names], "val": [names], "test": [names]}'
         ) from error
     check_split(split, data.class_names, path)
     return split

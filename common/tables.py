@@ -4,6 +4,7 @@ import csv
 import json
 import os
 
+from common.encoders import is_pretrained
 from common.files import atomic_file, write_text
 from common.splits import PAPERS
 from common.tutorial import CORRECTED, K_SHOTS, PRINTED
@@ -14,7 +15,10 @@ TITLES = {name.lower(): name for name in "Classifier ProtoNet MAML ProtoMAML Pix
 def title_of(row_name):
     """Return how tables and figures name a model; one that is not in TITLES keeps its name."""
     base = row_name.removesuffix("_finetuned")
-    return TITLES.get(base, base) + (", fine-tuned" if row_name != base else "")
+    title = TITLES.get(base, base)
+    if is_pretrained(base):
+        title = f"{base.partition(':')[2]}, pretrained"
+    return title + (", fine-tuned" if row_name != base else "")
 
 
 def name_of(data_name, split):
@@ -142,6 +146,9 @@ def _remarks(rows, failures):
     one = "episode" if "num_episodes" in rows[0] else "support set"
     note = "k: support images per class. Accuracy, interval and std in %. The interval is of the "
     note += f"mean over the {one}s; std says how much one {one} differs from the next."
+    if any(is_pretrained(row["model"]) for row in rows):
+        note += " Pretrained: on other data; ImageNet, most often, has most classes of CIFAR-100, "
+        note += "so that they are not new to it."
     if any(map(tutorials_accuracy, rows)):
         note += " Corrected: correct predictions over queries; the tutorial's ProtoNet test "
         note += "divides by too few."

@@ -14,7 +14,7 @@ from copy import deepcopy
 import torch
 from tqdm import tqdm
 
-from common import UserError, first_line, shell_command
+from common import UserError, first_line, script_command, shell_command
 from common.checkpoint import FORMAT, is_finite, load_checkpoint, save_checkpoint
 from common.figures import plot_training_curves
 from common.files import require_file_name
@@ -73,7 +73,7 @@ class TrainingRun:
         """Yield the batches of an epoch, cfg.steps_per_epoch at most, with a progress bar."""
         self.num_steps = min(len(batches), self.cfg.steps_per_epoch or len(batches))
         if self.cfg.steps_per_epoch > len(batches) and not self.history:
-            found = f"but the images give an epoch {len(batches)}, so it has those"
+            found = f"but the images of an epoch are used up after {len(batches)}"
             print(f"steps_per_epoch is {self.cfg.steps_per_epoch}, {found}")
         name = f"epoch {len(self.history) + 1}/{self.cfg.epochs}"
         options = {"leave": False, "dynamic_ncols": True, "disable": not is_first()}
@@ -128,16 +128,17 @@ class TrainingRun:
         tasks = f"training classes, {train_task}", f"validation classes, {val_task}"
         plot_training_curves(self.history, title, tasks, f"{self.path}_curves")
         print(f"best epoch {best['epoch']}, {val_task} validation {best['val_accuracy']:.2%}")
-        command = ["python", "evaluate.py", f"--dataset={dataset}", f"--models={self.path}.pt"]
+        command = ["evaluate.py", f"--dataset={dataset}", f"--models={self.path}.pt"]
         if self.cfg.data_dir != os.environ.get("PATH_DATASETS", "data"):
             command.append(f"--data_dir={self.cfg.data_dir}")
-        print(f"wrote {self.path}.pt; next: {shell_command(*command)}")
+        print(f"wrote {self.path}.pt; next: {script_command(*command)}")
 
     def _find_last(self):
         """Return the state to go on from, if any; raise UserError where another run is there."""
         cfg, last_path = self.cfg, f"{self.path}_last.pt"
         there = [path for path in (last_path, f"{self.path}.pt") if os.path.exists(path)]
-        resume = cfg.resume == "true" or cfg.resume == "auto" and last_path in there
+        going_on = last_path in there and not cfg.overwrite
+        resume = cfg.resume.lower() == "true" or cfg.resume.lower() == "auto" and going_on
         for name in ("init_from", "teacher"):
             if os.path.abspath(getattr(cfg, name, "")) in map(os.path.abspath, there):
                 raise UserError(f"this run would overwrite {name}; pass another --checkpoint_dir")
@@ -145,9 +146,10 @@ class TrainingRun:
             found = "--overwrite=true discards it" if cfg.overwrite else "there is none"
             raise UserError(f"--resume={cfg.resume} goes on with {last_path}, but {found}")
         if there and not (resume or cfg.overwrite):
+            go_on = "add --resume=true to go on with it, " if last_path in there else "pass "
             raise UserError(
-                f"{there[0]} is there, of an earlier run; add --resume=true to go on with it, "
-                "--overwrite=true to discard it, or pass another --checkpoint_dir"
+                f"{there[0]} is there, of an earlier run; {go_on}--overwrite=true to discard it, "
+                "or another --checkpoint_dir"
             )
         return load_checkpoint(last_path) if resume else None
 
@@ -235,7 +237,8 @@ class TrainingRun:
         return loss / max(self.step, 1), accuracy / max(self.step, 1)
 
     def _diverged(self, what, step):
-        advice = "start again with a lower learning rate and --overwrite=true"
+        advice = "start again with a lower learning rate and --overwrite=true, or in another "
+        advice += "--checkpoint_dir"
         if self.best and hasattr(self.cfg, "init_from"):
             start = shell_command(f"--init_from={self.path}.pt")
             advice = f"start from the best epoch before, {start}, in another --checkpoint_dir with "

@@ -126,7 +126,6 @@ WRONG = {
     "channels first": ("images", lambda a: a.transpose(0, 3, 1, 2)),
     "small images": ("images", lambda a: a[:, :, :28]),
     "a single number": ("images", lambda a: np.uint8(7)),
-    "int32 labels": ("labels", lambda a: a.astype(np.int32)),
     "too many labels": ("labels", lambda a: np.append(a, 0)),
     "a negative label": ("labels", lambda a: np.append(a[1:], -1)),
     "a label without a name": ("labels", lambda a: np.append(a[1:], 2**40)),
@@ -246,8 +245,8 @@ def test_it_is_said_how_large_images_were_what_is_not_used_and_what_is_there_twi
         f"{folder}/{name}" for name in ("bee/more", "bee/photo.heic", "notes.txt")
     )
     copy, first = folder / "bee" / "zz copy.png", folder / "bee" / "0.png"
-    expected = f"1 of 7 images are copies of others, {copy} (class 'bee') is {first} (class 'bee')"
-    assert copies.startswith(expected) and "too high" in copies
+    assert copies.startswith("1 of 7 images are copies of others in their class, for example ")
+    assert f"{copy} (class 'bee') and {first} (class 'bee')" in copies and "too high" in copies
     assert read == f"{folder}: 7 images in 2 classes, brought to 32x32"
 
 
@@ -281,19 +280,19 @@ def test_what_lies_in_place_of_images_is_said(inside, found, tmp_path):
 
 
 def test_names_are_compared_in_one_form_and_twins_are_named(tmp_path, capsys):
-    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    composed, decomposed = "\u00e9", "e\u0301"
     save_images(tmp_path / "mine", ("bell\x07", decomposed))
     assert load_dataset("mine", tmp_path).class_names == ["bell\\x07", composed]
     save_images(tmp_path / "mine", ("Bee", "bee"))
     load_dataset("mine", tmp_path)
-    assert "'Bee' and 'bee' would be one folder on Windows" in capsys.readouterr().out
+    assert "'Bee' and another class would be one folder on Windows" in capsys.readouterr().out
     save_images(tmp_path / "mine", (composed,))
     message_of("mine", tmp_path, f"two folders {composed!r}", "into one")
 
 
 def test_a_column_of_labels_in_a_file_is_read_as_the_labels(tmp_path):
     stored = arrays()
-    np.savez(tmp_path / "mine.npz", **stored | {"labels": stored["labels"][:, None]})
+    np.savez(tmp_path / "mine.npz", **stored | {"labels": stored["labels"][:, None].astype("u1")})
     assert load_dataset("mine", tmp_path).labels.tolist() == stored["labels"].tolist()
 
 
@@ -395,7 +394,7 @@ def test_an_image_in_two_classes_is_named_with_both(tmp_path, capsys):
     shutil.copy(folder / "ant" / "1.png", folder / "bee" / "9.png")
     load_dataset("mine", tmp_path)
     line = capsys.readouterr().out.splitlines()[0]
-    both = f"{folder}/bee/9.png (class 'bee') is {folder}/ant/1.png (class 'ant')"
+    both = f"{folder}/bee/9.png (class 'bee') and {folder}/ant/1.png (class 'ant')"
     assert both in line and "no model can be right on both" in line and "too high" not in line
 
 

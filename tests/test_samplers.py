@@ -224,5 +224,5 @@ def test_a_way_a_shot_or_queries_below_one_are_refused(way, shot, query):
 
 
 def test_all_classes_that_are_too_small_are_counted_and_what_fits_is_said():
-    with pytest.raises(UserError, match="class 2 has 3 images.*; 3 of 4 classes.*take 3 in all"):
+    with pytest.raises(UserError, match="class 2 has 3 images.*; 3 of 4 classes.*smaller --k_shot"):
         FewShotBatchSampler(labels_of([7, 9, 3, 5]), 2, 4, True)

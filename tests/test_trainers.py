@@ -228,7 +228,8 @@ OPTIONS = """
     split=other.json min_crop_area=0.5 color_jitter=0.6 label_smoothing=0.3 n_way=3 k_shot=1
     n_query=1 tasks_per_step=2 val_way=3 val_episodes=1 proto_dim=4 stem_stride=1
     principal_features=true output_init=zeros num_inner_steps=2 lr_inner=0.2 lr_output=0.2 epochs=1
-    encoder=conv4 batch_size=12 lr=5e-3 lr_drops=0.4 weight_decay=0.5 steps_per_epoch=1 seed=1 precision=bfloat16
+    batch_size=12 lr=5e-3 lr_drops=0.4 weight_decay=0.5 steps_per_epoch=1 seed=1 precision=bfloat16
+    encoder=conv4
 """
 OPTIONS = dict(option.split("=") for option in OPTIONS.split())
 # Where a run gets its data, where it computes and where its files go; and what has other tests: a

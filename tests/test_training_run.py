@@ -379,7 +379,7 @@ def test_resume_auto_starts_goes_on_and_is_content_with_a_finished_run(
 
 def test_more_steps_than_an_epoch_has_are_named(glyph_dir, tmp_path, capsys):
     train("protonet", glyph_dir, tmp_path, "--steps_per_epoch=1000", "--epochs=1")
-    found = re.search("steps_per_epoch is 1000, but .* (\\d+), so", capsys.readouterr().out)
+    found = re.search(r"steps_per_epoch is 1000, but .* after (\d+)", capsys.readouterr().out)
     assert found and 0 < int(found[1]) < 1000
 
 
