@@ -34,7 +34,7 @@ from common import UserError, figures, kshot, shell_command, tables
 from common.augment import Views
 from common.checkpoint import content_digest, encoder_of, find_checkpoints, load_checkpoint
 from common.config import require, run_script, show
-from common.data import SOURCES, is_there, load_dataset, normalize
+from common.data import SOURCES, batches, is_there, load_dataset, normalize
 from common.device import pick_device
 from common.files import require_writable, sha256, write_text
 from common.parallel import is_first, on_first, process_count
@@ -368,7 +368,7 @@ def prepare_test(cfg, encoder, checkpoint, image_set, n_way, bar):
     def features():  # [N, D]
         if encoder:
             return kshot.mean_features(encoder, views)
-        return normalized(views.images).flatten(1)
+        return torch.cat([normalized(batch).flatten(1) for batch in batches(views.images)])
 
     def progress(tasks):
         for task in tasks:

@@ -156,7 +156,6 @@ def main(cfg):
     encoder = starting_encoder(cfg, data, unit_features=True, **options).to(device)
     if teacher and teacher[0].mean != encoder.mean:
         raise UserError("one of teacher and encoder was pretrained: their images differ; take both")
-    val_images = data.normalize(data.val.images)
     num_classes = len(data.train.class_names)
     class_prototypes = torch.nn.Embedding(num_classes, encoder.num_features)
     torch.nn.init.normal_(class_prototypes.weight, std=0.1)
@@ -186,8 +185,8 @@ def main(cfg):
         if cfg.principal_features:
             sample = data.train.images[:: max(1, len(data.train.images) // 2000)]
             validated = with_principal_features(encoder, data.normalize(sample))
-        features = encode_in_batches(validated, val_images[my_slice()])
-        features = all_gather(features, len(val_images))
+        features = encode_in_batches(validated, data.val.images[my_slice()], data.normalize)
+        features = all_gather(features, len(data.val.images))
         result = mean_loss(features, val_episodes, val_way, cfg.k_shot)
         run.end_epoch(one_cycle(cfg.lr, epoch / cfg.epochs), *result, validated)
     run.finish(f"{num_classes} at once", f"{val_way}-way {cfg.k_shot}-shot")
@@ -198,8 +197,8 @@ def load_teacher(cfg, data, device):
     encoder = load_encoder(cfg.teacher, data).to(device)
     means = []
     for label in range(len(data.train.class_names)):
-        images = data.normalize(data.train.images[data.train.labels == label])
-        means.append(encode_in_batches(encoder, images).mean(dim=0))
+        images = data.train.images[data.train.labels == label]
+        means.append(encode_in_batches(encoder, images, data.normalize).mean(dim=0))
     encoder.precision = cfg.precision
     return encoder, torch.stack(means)
 

@@ -213,7 +213,6 @@ def main(cfg):
     val_episodes = val_episodes[: cfg.val_episodes or None]
 
     encoder = starting_encoder(cfg, data).to(device).train(cfg.batchnorm == "batch")
-    val_images = data.normalize(data.val.images)
     optimizer = make_optimizer(encoder.parameters(), cfg.lr, cfg.weight_decay, device)
     model = "protomaml" if cfg.output_init == "prototypes" else "maml"
     run = TrainingRun(cfg, model, encoder, optimizer, sampler.generator, data)
@@ -238,7 +237,8 @@ def main(cfg):
         # Validation: adapt to episodes of other classes, always the same ones.
         own = val_episodes[my_slice()]
         chunks = own.chunk(math.ceil(len(own) / own_tasks))
-        results = map(torch.cat, zip(*(val_step(val_images[chunk]) for chunk in chunks)))
+        images = (data.normalize(data.val.images[chunk]) for chunk in chunks)
+        results = map(torch.cat, zip(*map(val_step, images)))
         losses, accuracies = (all_gather(values, len(val_episodes)) for values in results)
         run.end_epoch(lr, losses.mean().item(), accuracies.mean().item())
     run.finish(f"{cfg.n_way}-way {cfg.k_shot}-shot", f"{val_way}-way {cfg.k_shot}-shot")

@@ -129,7 +129,6 @@ def main(cfg):
     val_episodes = validation_episodes(data.val, val_way, cfg.k_shot, cfg.n_query).to(device)
 
     encoder = starting_encoder(cfg, data).to(device)
-    val_images = data.normalize(data.val.images)
     optimizer = make_optimizer(encoder.parameters(), cfg.lr, cfg.weight_decay, device)
     run = TrainingRun(cfg, MODEL, encoder, optimizer, sampler.generator, data)
 
@@ -146,7 +145,7 @@ def main(cfg):
             run.track(*step(images))
 
         # Validation: other classes, always the same episodes; every image is encoded once.
-        features = encode_in_batches(encoder.eval(), val_images)
+        features = encode_in_batches(encoder.eval(), data.val.images, data.normalize)
         run.end_epoch(lr, *mean_loss(features, val_episodes, val_way, cfg.k_shot))
     run.finish(f"{cfg.n_way}-way {cfg.k_shot}-shot", f"{val_way}-way {cfg.k_shot}-shot")
 

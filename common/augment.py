@@ -45,7 +45,7 @@ class AugmentedBatches:
     def __iter__(self):
         # On a GPU many steps at once, since starting an operation takes longer than the operation.
         size = self.drawn[0].shape[1]
-        pixels = size * self.images[0, 0].numel()  # of a step
+        pixels = size * self.images.shape[2:].numel()  # of a step
         at_once = 1 if self.images.device.type == "cpu" else max(1, 2**22 // pixels)
         for chunk in zip(*(numbers.split(at_once) for numbers in self.drawn)):
             indices, *views = (numbers.flatten(0, 1) for numbers in chunk)

@@ -7,14 +7,17 @@ or folders `<data_dir>/<name>/<part>/<class>`. The parts are train, val and test
 
 import functools
 import hashlib
+import os
 import socket
+import warnings
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from common import UserError, first_line, shown
+from common import UserError, files, first_line, shown
 from common.files import atomic_file, require_file_name
 from common.images import IMAGE_SUFFIXES, read_folder
 from common.parallel import on_first
@@ -33,7 +36,8 @@ FORMAT = (
 class ImageSet:
     """Images of some classes.
 
-    images: uint8 [N, 3, H, W]; labels: int64 [N] in 0..C-1; class_names: C of them.
+    images: uint8 [N, 3, H, W], a tensor or MappedImages; labels: int64 [N] in 0..C-1; class_names:
+    C of them.
     split: {"train", "val", "test"}, lists of class names, where the data set brings one.
     """
 
@@ -58,15 +62,53 @@ class ImageSet:
 
     def to(self, device):
         """Return the same ImageSet on `device`, stored channels last as convolutions read it."""
-        images = self.images.to(device).contiguous(memory_format=torch.channels_last)
+        if isinstance(self.images, MappedImages):
+            images = self.images.to(device)
+        else:
+            images = self.images.to(device).contiguous(memory_format=torch.channels_last)
         return ImageSet(self.name, images, self.labels.to(device), self.class_names, self.split)
 
     def digest(self):
         """Return the SHA-256 of images, labels and class names in hexadecimal."""
         digest = hashlib.sha256(repr((tuple(self.images.shape), self.class_names)).encode())
-        digest.update(self.images.permute(0, 2, 3, 1).contiguous().cpu().numpy())
+        for batch in batches(self.images):
+            digest.update(batch.permute(0, 2, 3, 1).contiguous().cpu().numpy())
         digest.update(self.labels.cpu().numpy())
         return digest.hexdigest()
+
+
+class MappedImages:
+    """Images that stay in their file until they are indexed: a data set may exceed the memory.
+
+    stored: uint8 [M, 3, H, W], mapped into memory; rows: int64 [N], the images of this set. Indexed
+    as a tensor [N, 3, H, W] would be, it returns a tensor on `device`.
+    """
+
+    def __init__(self, stored, rows, device="cpu"):
+        self.stored, self.rows, self.device = stored, rows, torch.device(device)
+        self.shape = torch.Size([len(rows), *stored.shape[1:]])
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        if isinstance(index, torch.Tensor):
+            index = index.cpu()
+            if index.dtype == torch.bool:  # a choice of images, not the images themselves
+                return MappedImages(self.stored, self.rows[index], self.device)
+        return self.stored[self.rows[index]].to(self.device)
+
+    def to(self, device):
+        """Return all images as a tensor on a GPU that has twice the room, else those that index."""
+        size = len(self) * self.stored[0].numel()
+        if device.type == "cuda" and 2 * size < torch.cuda.mem_get_info(device)[0]:
+            return self[:].to(device)
+        return MappedImages(self.stored, self.rows, device)
+
+
+def batches(images, size=1000):
+    """Yield images, a tensor or MappedImages, as tensors of so many at most."""
+    return (images[start : start + size] for start in range(0, len(images), size))
 
 
 @dataclass
@@ -120,6 +162,8 @@ def load_dataset(name, data_dir, image_size=32):
     arrays = stored = _read_npz(file) if file.exists() else None
     if has_folder and (stored is None or "folder_state" in stored):
         arrays, _ = read_folder(folder, image_size, file, stored)
+        if arrays["images"].nbytes > files.LARGE and file.exists():
+            arrays = _read_npz(file)
     elif has_folder:
         print(f"{file} is used, not the folder {folder}; remove the one that is not meant")
     elif stored is None:
@@ -140,8 +184,8 @@ def load_dataset(name, data_dir, image_size=32):
 def is_there(name, data_dir):
     """Return whether the data set `name` can be had from `data_dir` without a download."""
     archive = Path(_DOWNLOADS.get(name, name)).name
-    files = f"{name}.npz", archive, archive.removesuffix(".tar.gz")
-    return name not in _DOWNLOADS or any(Path(data_dir, file).exists() for file in files)
+    names = f"{name}.npz", archive, archive.removesuffix(".tar.gz")
+    return name not in _DOWNLOADS or any(Path(data_dir, each).exists() for each in names)
 
 
 def channel_statistics(train_set):
@@ -153,8 +197,10 @@ def channel_statistics(train_set):
         return CIFAR100_MEAN, CIFAR100_STD
     # A histogram is exact, and needs no second copy of the images as floats.
     values = torch.arange(256, dtype=torch.float64) / 255
-    channels = train_set.images.unbind(dim=1)
-    counts = torch.stack([each.flatten().cpu().bincount(minlength=256) for each in channels])
+    counts = torch.zeros(3, 256, dtype=torch.int64)
+    for batch in batches(train_set.images):
+        for count, channel in zip(counts, batch.cpu().unbind(dim=1)):
+            count += channel.flatten().bincount(minlength=256)
     share = counts.double() / counts.sum(dim=1, keepdim=True)  # [3, 256]
     mean = (share * values).sum(dim=1)
     std = (share * (values - mean[:, None]) ** 2).sum(dim=1).sqrt()
@@ -176,11 +222,33 @@ def _per_channel(values, device):
 def _read_npz(file):
     """Return the arrays in a file."""
     try:
+        mapped = _map_images(file)
         with np.load(file, allow_pickle=False) as stored:
-            return {key: np.asarray(stored[key]) for key in ARRAYS if key in stored}
+            keys = [key for key in ARRAYS if key in stored and key not in mapped]
+            return {key: np.asarray(stored[key]) for key in keys} | mapped
     except Exception as error:  # of zip, zlib, numpy's header, or the memory that this asks for
         reason = f"{file} cannot be read as a data set ({first_line(error)})"
         raise UserError(f"{reason}; delete it or write it again: {FORMAT}") from error
+
+
+def _map_images(file):
+    """Return {"images": their map} where the images in a file are LARGE, and not compressed."""
+    with zipfile.ZipFile(file) as archive:
+        if "images.npy" not in archive.namelist():
+            return {}
+        member = archive.getinfo("images.npy")
+        if member.compress_type != zipfile.ZIP_STORED or member.file_size <= files.LARGE:
+            return {}
+        with archive.open(member) as content:  # damage is noticed at the end
+            while content.read(2**24):
+                pass
+    with open(file, "rb") as raw:
+        raw.seek(member.header_offset + 26)
+        lengths = int.from_bytes(raw.read(2), "little") + int.from_bytes(raw.read(2), "little")
+        raw.seek(lengths, os.SEEK_CUR)
+        np.lib.format.read_magic(raw)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(raw)
+        return {"images": np.memmap(file, dtype, "r", raw.tell(), shape)}
 
 
 def _image_set(name, arrays, source):
@@ -206,7 +274,11 @@ def _image_set(name, arrays, source):
         raise UserError(f"{source} holds {found}, but a data set has {FORMAT}; write it again")
     split = split_of(arrays["split"].tolist(), class_names, source) if "split" in arrays else None
     # [N, H, W, 3] seen as [N, 3, H, W] is channels last already: no copy.
-    images = torch.from_numpy(images).permute(0, 3, 1, 2)
+    mapped = images.nbytes > files.LARGE
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a map that cannot be written to: nobody does
+        images = torch.from_numpy(images).permute(0, 3, 1, 2)
+    images = MappedImages(images, torch.arange(len(images))) if mapped else images
     return ImageSet(name, images, torch.from_numpy(labels), class_names, split)
 
 

@@ -248,6 +248,7 @@ def with_principal_features(encoder, images):
 
 
 @torch.no_grad()
-def encode_in_batches(encoder, images):
-    """Return the features [N, D] of images [N, 3, H, W] (normalised), in the encoder's mode."""
-    return torch.cat([encoder(batch) for batch in images.split(250)])
+def encode_in_batches(encoder, images, normalize=lambda images: images):
+    """Return the features [N, D] of images [N, 3, H, W], normalised, in the encoder's mode."""
+    starts = range(0, len(images), 250)
+    return torch.cat([encoder(normalize(images[start : start + 250])) for start in starts])

@@ -11,6 +11,8 @@ import time
 
 from common import UserError
 
+LARGE = 2**30  # bytes of images above which they stay in their file
+
 
 @contextlib.contextmanager
 def atomic_file(path):

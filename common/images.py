@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import sys
+import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from common import UserError, first_line, shown
+from common import UserError, files, first_line, shown
 from common.files import atomic_file
 from common.splits import PARTS, split_of
 
@@ -29,13 +30,13 @@ def read_folder(folder, size, file=None, kept=None):
     and which images are there twice. bits: as of `read_images`. Raises UserError for less than two
     classes, one without images, and an image that cannot be read.
     """
-    class_folders, files = _classes_of(folder)
+    class_folders, images_of = _classes_of(folder)
     class_names, parts = [shown(path.name) for path in class_folders], None
     if class_folders[0].parent != folder:
         parts = [path.parent.name.lower() for path in class_folders]
         split_of(parts, class_names, folder)  # it is refused before the images are read, not after
     _check_names(class_names, folder)
-    paths = [path for own in files for path in own]
+    paths = [path for own in images_of for path in own]
     state = _state_of(folder, paths, size)
     if kept and kept["folder_state"] == state:
         print_copies(kept["images"], paths, kept["labels"], class_names)
@@ -43,10 +44,13 @@ def read_folder(folder, size, file=None, kept=None):
     if kept:
         print(f"{folder}, or --image_size, changed since {file} was made; reading the images again")
     print_unused({folder, *class_folders, *(path.parent for path in class_folders)}, paths)
-    images, bits = read_images(paths, size, str(folder))
-    labels = np.repeat(np.arange(len(files), dtype=np.int64), list(map(len, files)))
+    # Many of them are in a file of their own until all are read: they may exceed the memory.
+    large = file and len(paths) * size * size * 3 > files.LARGE
+    with tempfile.TemporaryFile(dir=file.parent) if large else contextlib.nullcontext() as room:
+        images, bits = read_images(paths, size, str(folder), room=room)
+    labels = np.repeat(np.arange(len(images_of), dtype=np.int64), list(map(len, images_of)))
     print_copies(images, paths, labels, class_names)
-    print(f"{folder}: {len(paths):,} images in {len(files)} classes, brought to {size}x{size}")
+    print(f"{folder}: {len(paths):,} images in {len(images_of)} classes, brought to {size}x{size}")
     arrays = {"images": images, "labels": labels, "class_names": class_names, "folder_state": state}
     arrays |= {"split": parts} if parts else {}
     arrays = {name: np.asarray(array) for name, array in arrays.items()}
@@ -65,18 +69,18 @@ def _classes_of(folder):
     parts = {path.name.lower(): path for path in found}
     if parts.keys() == set(PARTS) and len(found) == 3:
         found = [path for part in PARTS for path in _folders_in(parts[part])]
-    files = [list_images(path) for path in found]
-    if len(found) < 2 or not all(files):
-        empty = [path for path, own in zip(found, files) if not own] or [folder]
+    own = [list_images(path) for path in found]
+    if len(found) < 2 or not all(own):
+        empty = [path for path, images in zip(found, own) if not images] or [folder]
         names = [shown(path.name) + "/" * path.is_dir() for path in list_folder(empty[0])]
         inside = ", ".join(names[:3]) + (", ..." if names[3:] else "") or "it is empty"
-        what = f"has {len(found)} classes" if all(files) else "holds no image"
+        what = f"has {len(found)} classes" if all(own) else "holds no image"
         raise UserError(
             f"{shown(empty[0])} {what} ({inside}), but at least 2 classes are needed, {folder}/"
             f"<class>/ with images ({', '.join(IMAGE_SUFFIXES)}), or, for a split, train/<class>/, "
             "val/<class>/ and test/<class>/; move the images there, or remove an empty folder"
         )
-    return found, files
+    return found, own
 
 
 def _folders_in(folder):
@@ -178,15 +182,16 @@ def read_image(path, size, bits=16, facts=None):
         return np.array(ImageOps.fit(_as_rgb(deep), (size, size)))  # antialiased
 
 
-def read_images(paths, size, title, errors=None, bits=None):
+def read_images(paths, size, title, errors=None, bits=None, room=None):
     """Return (images uint8 [N, size, size, 3] as of `read_image`, bits); several at a time.
 
     title: of the progress bar on stderr. errors: a dict that gets {path: UserError} of the images
     that cannot be read, which are then missing in the result; without it the first one is raised.
     bits: how many are in use where a channel has 16; None: as many as the brightest of all needs,
     which is returned, or None where no image is such. Says of what only the first page is used.
+    room: a file that the images are put into, mapped, rather than memory.
     """
-    images, facts = _read(paths, size, title, errors, bits or 16)
+    images, facts = _read(paths, size, title, errors, bits or 16, room)
     pages = {path: each["frames"] for path, each in facts.items() if "frames" in each}
     if pages and (bits is None or errors is not None):
         path, count = next(iter(pages.items()))
@@ -198,11 +203,11 @@ def read_images(paths, size, title, errors=None, bits=None):
         found = f"images of 16 bits per channel: {len(deep)}"
         print(f"{title}: {found}; the brightest needs {bits} of them, and all are scaled by that")
         if bits < 16:
-            images, _ = _read(paths, size, title, errors, bits)
+            images, _ = _read(paths, size, title, errors, bits, room)
     return images, bits
 
 
-def _read(paths, size, title, errors, bits):
+def _read(paths, size, title, errors, bits, room):
     """Return (images, {path: the facts of `read_image`})."""
     facts = {path: {} for path in paths}
 
@@ -214,7 +219,8 @@ def _read(paths, size, title, errors, bits):
                 raise  # map() then cancels what has not begun
             return error
 
-    images, count = np.empty((len(paths), size, size, 3), dtype=np.uint8), 0
+    shape, count = (len(paths), size, size, 3), 0
+    images = np.memmap(room, np.uint8, shape=shape) if room else np.empty(shape, np.uint8)
     with warnings.catch_warnings(), ThreadPoolExecutor() as threads:
         warnings.simplefilter("ignore")  # of large images and odd EXIF data: they are read
         found = threads.map(attempt, paths)

@@ -1,6 +1,7 @@
 """Data sets: both formats, one message for whatever is wrong, statistics, downloads."""
 
 import hashlib
+import importlib
 import os
 import pickle
 import random
@@ -17,7 +18,10 @@ import torch
 import torchvision
 from PIL import Image
 
-from common import UserError, glyphs, images
+import evaluate
+from common import UserError, data, files, glyphs, images
+from common.checkpoint import content_digest, load_checkpoint
+from common.config import parse_config
 from common.data import ImageSet, channel_statistics, load_dataset, load_training_data, normalize
 from common.glyphs import draw_glyph_digits
 from common.splits import split_classes
@@ -634,3 +638,48 @@ def test_without_a_network_one_message_names_the_missing_file_and_where_it_goes(
     parts = f"{name} could not be downloaded", f"put {files} or ", f"{name}.npz into {tmp_path}/"
     message_of(name, tmp_path, *parts)
     assert not (tmp_path / f"{name}.npz").exists()
+
+
+# ---- more images than memory
+
+
+@pytest.mark.parametrize("model", ["classifier", "protonet", "protomaml"])
+def test_images_that_stay_in_their_file_give_the_same_bits(
+    model, glyph_dir, tmp_path, monkeypatch, one_thread
+):
+    script = importlib.import_module("train_protomaml" if "maml" in model else f"train_{model}")
+    digests = []
+    for limit in (files.LARGE, 0):
+        monkeypatch.setattr(files, "LARGE", limit)
+        images = load_dataset("glyphs", glyph_dir).images
+        assert isinstance(images, data.MappedImages) == (limit == 0)
+        options = ["--dataset=glyphs", f"--data_dir={glyph_dir}", "--n_way=2", "--epochs=1"]
+        options += ["--steps_per_epoch=2", f"--checkpoint_dir={tmp_path / str(limit)}"]
+        options += ["--encoder=conv4", "--width=4", "--device=cpu"]
+        options += ["--tasks_per_step=2"] if "maml" in model else []
+        script.main(parse_config(script.Config, options))
+        last = load_checkpoint(tmp_path / str(limit) / "glyphs" / f"{model}_last.pt")
+        digests.append(content_digest([last["state_dict"], last["history"], last["data_digest"]]))
+        folder = tmp_path / str(limit)
+        results = [f"--models={folder}/glyphs", f"--results_dir={folder}"]
+        results += ["--domains=", "--k_shots=2", "--num_inner_steps=1", "--max_support_sets=1"]
+        assert evaluate.main(parse_config(evaluate.Config, [*options[:2], *results])) == 0
+        digests[-1] += (folder / "accuracy.json").read_text()
+    assert digests[0] == digests[1]
+
+
+def test_a_mapped_file_is_read_from_the_disk_and_damage_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LARGE", 0)
+    save_images(tmp_path / "mine", size=(40, 40))
+    first, again = load_dataset("mine", tmp_path), load_dataset("mine", tmp_path)
+    assert isinstance(first.images.stored.untyped_storage().nbytes(), int)
+    assert torch.equal(first.images[:], again.images[:]) and first.digest() == again.digest()
+    plain = np.load(tmp_path / "mine.npz")["images"]
+    assert np.array_equal(first.images[:].permute(0, 2, 3, 1).numpy(), plain)
+    subset = first.of_classes(["bee"])
+    assert torch.equal(subset.images[torch.tensor([1])], first.images[torch.tensor([3])])
+    raw = bytearray((tmp_path / "mine.npz").read_bytes())
+    raw[raw.index(plain[2].tobytes()) + 7] ^= 1
+    (tmp_path / "mine.npz").write_bytes(raw)
+    shutil.rmtree(tmp_path / "mine")
+    message_of("mine", tmp_path, "mine.npz cannot be read as a data set")
