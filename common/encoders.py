@@ -250,5 +250,11 @@ def with_principal_features(encoder, images):
 @torch.no_grad()
 def encode_in_batches(encoder, images, normalize=lambda images: images):
     """Return the features [N, D] of images [N, 3, H, W], normalised, in the encoder's mode."""
-    starts = range(0, len(images), 250)
-    return torch.cat([encoder(normalize(images[start : start + 250])) for start in starts])
+    size = batch_size(images)
+    starts = range(0, len(images), size)
+    return torch.cat([encoder(normalize(images[start : start + size])) for start in starts])
+
+
+def batch_size(images):
+    """Return how many images to encode at once: 250, or fewer of more than 64x64 pixels."""
+    return max(1, min(250, 2**20 // images.shape[2:].numel()))

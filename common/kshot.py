@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from common import UserError
 from common.cuda_graph import CudaGraphStep
+from common.encoders import batch_size
 from common.finetune import FineTuning
 from common.inner_loop import InnerLoop, inner_step
 from common.parallel import Workers, all_gather, my_slice
@@ -92,7 +93,7 @@ def adaptation(config, finetune_steps=None, finetune_lr=0.001, **overrides):
 def mean_features(encoder, views):
     """Return the features [N, D] of images, each the mean over its Views, in the encoder's mode."""
     indices = torch.arange(len(views.images), device=views.images.device)
-    batches = indices.split(max(1, 250 // views.count))
+    batches = indices.split(max(1, batch_size(views.images) // views.count))
     features = [
         encoder(views.images_of(batch)).unflatten(0, (-1, views.count)) for batch in batches
     ]
@@ -134,7 +135,8 @@ def adapted_accuracies(
     """
     device, num_support = views.images.device, n_way * k_shot
     workers = Workers(device, len(tasks), lambda: deepcopy(encoder))
-    batch_size = max(1, (500 if device.type == "cpu" else 2000) // views.count)
+    at_once = batch_size(views.images) * (2 if device.type == "cpu" else 8)
+    at_once = max(1, at_once // views.count)
     own_tasks = _in_order(tasks, labels, n_way, k_shot)[my_slice()].to(device)
     y_spt = episode_labels(n_way, k_shot, device)
 
@@ -142,7 +144,7 @@ def adapted_accuracies(
     def classify(task, local, weight, bias):
         _, queries, y_qry = _split_task(task, labels, n_way, k_shot)
         local.eval()
-        batches = (views.images_of(batch) for batch in queries.split(batch_size))
+        batches = (views.images_of(batch) for batch in queries.split(at_once))
         logits = torch.cat([F.linear(local(batch), weight, bias) for batch in batches])
         if not logits.isfinite().all():
             raise UserError(f"{how} diverged; pass a lower learning rate or fewer steps")
