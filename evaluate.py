@@ -370,7 +370,7 @@ def prepare_test(cfg, encoder, checkpoint, image_set, n_way, bar):
         if encoder:
             return kshot.mean_features(encoder, views)
         shrink = partial(F.interpolate, size=(32, 32), mode="area")
-        small = [shrink(normalized(batch)) for batch in batches(views.images)]
+        small = [shrink(normalized(batch)) for batch in batches(views.images, 100)]
         return torch.cat(small).flatten(1)
 
     def progress(tasks):

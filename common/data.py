@@ -8,6 +8,7 @@ or folders `<data_dir>/<name>/<part>/<class>`. The parts are train, val and test
 import functools
 import hashlib
 import os
+import shutil
 import socket
 import warnings
 import zipfile
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 
 from common import UserError, files, first_line, shown
 from common.files import atomic_file, require_file_name
@@ -143,10 +145,11 @@ def load_training_data(name, data_dir, device, wanted_split="auto", image_size=3
 def load_dataset(name, data_dir, image_size=32):
     """Return the ImageSet `name` from `data_dir`, where it is downloaded or drawn if need be.
 
-    Known by name: cifar100, svhn, mnist (downloaded through torchvision), glyphs, glyph_digits
-    (drawn). Any other name is a file or a folder of the user's. A folder's images are brought to
-    image_size x image_size pixels and kept as a file beside it, until the folder changes. Raises
-    UserError where there is no such data, it is malformed, or a file's images have another size.
+    Known by name: cifar100, svhn, mnist, omniglot and, with turned characters to train,
+    omniglot_turned (downloaded through torchvision), glyphs, glyph_digits (drawn). Any other name
+    is a file or a folder of the user's. A folder's images are brought to image_size x image_size
+    pixels and kept as a file beside it, until the folder changes. Raises UserError where there is
+    no such data, it is malformed, or a file's images have another size.
     """
     # A name that is a path, or longer than a file's name may be, never reaches the file system.
     require_file_name(name, "a data set in --data_dir=FOLDER")
@@ -299,6 +302,11 @@ def _read_download(name, root):
         parts = [datasets.CIFAR100(root, train=train, download=True) for train in (True, False)]
         labels = np.concatenate([np.array(part.targets, dtype=np.int64) for part in parts])
         return np.concatenate([part.data for part in parts]), labels, parts[0].classes
+    if name.startswith("omniglot"):
+        for archive in Path(root, "omniglot-py").glob("*.zip"):  # torchvision unpacks only its own
+            shutil.unpack_archive(archive, archive.parent)
+        parts = [datasets.Omniglot(root, part, download=True) for part in (True, False)]
+        return _omniglot(parts, turned=name == "omniglot_turned")
     if name == "svhn":
         test = datasets.SVHN(root, split="test", download=True)
         images, labels = test.data.transpose(0, 2, 3, 1), test.labels.astype(np.int64)
@@ -312,6 +320,35 @@ def _read_download(name, root):
     return np.ascontiguousarray(images[rows]), labels[rows], list("0123456789")
 
 
+def _omniglot(parts, turned):
+    """Return images, labels, names and split of the characters of torchvision's two parts.
+
+    The split has the sizes of Vinyals et al. 2016, 1,200 characters to train (172 of them to
+    validate) and 423 to test, but is drawn here. turned: each character of the training is three
+    more classes, turned by quarters of a circle.
+    """
+    images, labels, names = [], [], []
+    for part in parts:
+        for image, label in part:  # dark on light, 105x105
+            light = ImageOps.invert(image).resize((28, 28), Image.Resampling.LANCZOS)
+            images.append(np.pad(np.asarray(light), 2))  # 28x28 -> 32x32
+            labels.append(len(names) + label)
+        names += part._characters
+    images, labels, count = np.stack(images), np.array(labels), len(names)
+    split, order = np.full(count, "train"), np.random.default_rng(0).permutation(count)
+    split[order[: count * 423 // 1623]] = "test"
+    split[order[count * 423 // 1623 : count * 595 // 1623]] = "val"
+    for turns in (1, 2, 3) if turned else ():
+        rows = np.flatnonzero(split[:count][labels % count] == "train")
+        rows = rows[labels[rows] < count]
+        images = np.concatenate([images, np.rot90(images[rows], turns, axes=(1, 2))])
+        labels = np.concatenate([labels, labels[rows] + turns * count])
+        names = [*names, *(f"{name}, turned {90 * turns}" for name in names[:count])]
+    kept, labels = np.unique(labels, return_inverse=True)
+    split = split[kept % count]
+    return np.repeat(images[..., None], 3, axis=3), labels, np.array(names)[kept], split
+
+
 def _draw(name, root):
     from common import glyphs  # late: it imports matplotlib
 
@@ -321,6 +358,8 @@ def _draw(name, root):
 _DOWNLOADS = {  # what to put where by hand
     "cifar100": "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
     "svhn": "http://ufldl.stanford.edu/housenumbers/test_32x32.mat",
+    "omniglot": "omniglot-py/ with the files of https://github.com/brendenlake/omniglot",
+    "omniglot_turned": "omniglot-py/ with the files of https://github.com/brendenlake/omniglot",
     "mnist": "MNIST/raw with the files of https://ossci-datasets.s3.amazonaws.com/mnist/",
 }
 # Data sets made where there is no file: name -> function(name, data_dir) -> images, labels, names.

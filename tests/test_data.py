@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import io
 import os
 import pickle
 import random
@@ -683,3 +684,37 @@ def test_a_mapped_file_is_read_from_the_disk_and_damage_is_noticed(tmp_path, mon
     (tmp_path / "mine.npz").write_bytes(raw)
     shutil.rmtree(tmp_path / "mine")
     message_of("mine", tmp_path, "mine.npz cannot be read as a data set")
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_omniglots_characters_are_light_on_dark_with_a_split_and_turned_on_request(
+    turned, tmp_path, monkeypatch, no_network
+):
+    """Two alphabets of twelve characters, in archives as Lake et al. publish them."""
+    folder, shapes = tmp_path / "omniglot-py", {}
+    folder.mkdir()
+    checksums = {}
+    for part, alphabet in (("images_background", "Latin"), ("images_evaluation", "Tengwar")):
+        with zipfile.ZipFile(folder / f"{part}.zip", "w") as archive:
+            for character in range(12):
+                pixels = np.full((105, 105), 255, np.uint8)
+                pixels[: 8 * (character + 1), :50] = 0  # the more, the later
+                shapes[f"{alphabet}/character{character:02}"] = character
+                for drawer in range(3):
+                    with io.BytesIO() as file:
+                        Image.fromarray(pixels).convert("1").save(file, "png")
+                        name = f"{part}/{alphabet}/character{character:02}/{drawer}.png"
+                        archive.writestr(name, file.getvalue())
+        checksums[part] = hashlib.md5((folder / f"{part}.zip").read_bytes()).hexdigest()
+    monkeypatch.setattr(torchvision.datasets.Omniglot, "zips_md5", checksums)
+    found = load_dataset("omniglot_turned" if turned else "omniglot", tmp_path)
+    sizes = {part: len(names) for part, names in found.split.items()}
+    assert sizes == {"train": 64 if turned else 16, "val": 2, "test": 6}
+    assert len(found.images) == 3 * len(found.class_names) and found.images.shape[2:] == (32, 32)
+    for image, label in zip(found.images[:, 0].numpy(), found.labels.tolist()):
+        name, _, turns = found.class_names[label].partition(", turned ")
+        upright = np.rot90(image, -int(turns or 0) // 90)
+        height = 28 * 8 * (shapes[name] + 1) / 105
+        assert (upright[:2] == 0).all() and upright[2, 4] > 200 > 50 > upright[2, 28]
+        assert abs((upright[:, 4] > 127).sum() - height) <= 1.5
+        assert not turns or name in found.split["train"]
