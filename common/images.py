@@ -1,11 +1,9 @@
 """People's photographs: folders of classes, images of any size, their pixels in one size."""
 
-import ast
 import contextlib
 import hashlib
 import os
 import re
-import sys
 import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -175,7 +173,7 @@ def read_image(path, size, bits=16, facts=None):
         frames = getattr(image, "n_frames", 1)
         if facts is not None and frames > 1 and image.format != "MPO":  # a photograph's preview
             facts["frames"] = frames
-        deep = _in_8_bits(path, image, bits, {} if facts is None else facts)
+        deep = _in_8_bits(image, bits, {} if facts is None else facts)
         deep.load()
         with contextlib.suppress(Exception):  # damaged EXIF data: the image stays as it lies
             ImageOps.exif_transpose(deep, in_place=True)
@@ -245,46 +243,25 @@ def _opened(path):
         raise UserError(f"{reason}; replace or remove it") from error
 
 
-def _in_8_bits(path, image, bits, facts):
+def _in_8_bits(image, bits, facts):
     """Return an image of 16 bits per channel, `bits` of them in use, in 8; others as they are."""
+    grey, layout = image.mode.startswith("I"), repr(image.tile)
     if image.mode == "F":
         raise ValueError("its pixels are floats, not 8 or 16 bits")
-    layout, alpha = repr(image.tile), None
-    order = image.mode.startswith("I")
-    if order:
-        shades = np.asarray(image, dtype=np.int64)
-    elif ";16" not in layout:
+    if not grey and ";16" not in layout:
         return image
-    elif order := re.search("'(RGBA?|LA)(;16[BLN])'", layout):
-        shades = np.asarray(image, dtype=np.int64) * 256  # of colours Pillow reads the high byte
-        shades += _low_bytes(path, order[2]) if bits < 16 and order[1] != "LA" else 255
-        if shades.shape[2] == 4:
-            shades, alpha = shades[..., :3], shades[..., 3:]
-    planar = getattr(image, "tag_v2", {}).get(284) == 2
-    if not order or planar or bits < 16 and order is not True and order[1] == "LA":
-        raise ValueError(f"its 16 bits per channel cannot be read here ({image.format}); use 8")
+    shades = np.asarray(image, dtype=np.int64)
+    if not grey:  # of colours Pillow reads the upper 8 bits
+        facts["brightest"] = int(shades[..., :3].max()) * 256 + 255
+        planar = getattr(image, "tag_v2", {}).get(284) == 2
+        if bits < 16 or planar or not re.search("'RGBA?;16", layout):
+            raise ValueError("colours of 16 bits are read where they use all of them; write 8 bits")
+        return image
     if shades.min() < 0 or shades.max() >= 2**bits:
         found = f"its shades run from {shades.min()} to {shades.max()}"
         raise ValueError(f"{found}, but those of its data set from 0 to {2**bits - 1}")
-    facts["brightest"], shades = int(shades.max()), shades >> bits - 8
-    if alpha is not None:  # all that it covers may be opaque in 12 bits, or in all 16
-        alpha = alpha >> (8 if alpha.max() >= 2**bits else bits - 8)
-        shades = np.concatenate([shades, alpha], axis=2)
-    deep = Image.fromarray(shades.astype(np.uint8))
-    deep.info = image.info
-    return deep
-
-
-def _low_bytes(path, order):
-    """Return the low byte of every shade, 16 bits in that order: read as if it were the other."""
-    little = order == ";16L" or order == ";16N" and sys.byteorder == "little"
-    other = ";16B" if little else ";16L"
-    with Image.open(path) as image:
-        image.tile = [
-            tile._replace(args=ast.literal_eval(repr(tile.args).replace(order, other)))
-            for tile in image.tile
-        ]
-        return np.asarray(image)
+    facts["brightest"] = int(shades.max())
+    return Image.fromarray((shades >> bits - 8).astype(np.uint8))
 
 
 def _as_rgb(image):

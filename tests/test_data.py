@@ -481,7 +481,7 @@ def test_a_name_that_is_a_path_is_refused(tmp_path, name):
 
 
 def test_an_unknown_data_set_is_answered_with_where_it_would_be_and_what_there_is(tmp_path):
-    known = "cifar100, svhn, mnist, glyphs, glyph_digits"
+    known = "cifar100, svhn, omniglot, "
     message_of("mine", tmp_path, tmp_path / "mine.npz", f"folder {tmp_path / 'mine'};", known)
 
 

@@ -147,8 +147,10 @@ def save_16_bits(path, shades, mode):
     return path
 
 
-@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
-@pytest.mark.parametrize("bits, divisor", [(8, 1), (9, 4), (12, 16), (16, 256)])
+@pytest.mark.parametrize(
+    "mode, bits, divisor",
+    [("L", 8, 1), ("L", 9, 4), ("L", 12, 16), ("L", 16, 256), ("RGB", 16, 256), ("RGBA", 16, 256)],
+)
 def test_shades_of_16_bits_are_scaled_alike_by_the_brightest_of_the_data_set(
     mode, bits, divisor, tmp_path, capsys
 ):
@@ -173,10 +175,12 @@ def test_shades_that_no_rule_fits_are_refused(kind, least, tmp_path):
     pixels = np.full((32, 32), least, kind)
     message = message_of(saved(pixels, tmp_path / "x.tif"))
     assert "pixels are floats" in message or f"run from {least} to {least}, but" in message
-    grey = np.full((32, 32, 2), 4095)
-    paths = [save_16_bits(tmp_path / "x.png", grey, "LA")]
-    with pytest.raises(UserError, match=r"16 bits per channel cannot be read here \(PNG\); use 8"):
-        read_images(paths, 32, "scans")
+    for mode, brightest in ("RGB", 4095), ("RGBA", 4095), ("LA", 65535):
+        opaque = np.full((32, 32, len(mode)), 65535)
+        opaque[..., : len(mode) - (mode[-1] == "A")] = brightest
+        path = save_16_bits(tmp_path / "x.png", opaque, mode)
+        with pytest.raises(UserError, match="colours of 16 bits are read where they use all"):
+            read_images([path], 32, "scans")
     both = saved(np.full((32, 32), 4095, np.uint16), tmp_path / "a.tif")
     with pytest.raises(UserError, match="run from 4095 to 4095, but .* from 0 to 1023"):
         read_images([both], 32, "scans", bits=10)
