@@ -105,6 +105,8 @@ def optimizer_as_on_cuda(parameters, lr, weight_decay, device):
         ("classifier", [], 8),
         ("classifier", ["--teacher={start}"], 8),  # the path of a trained classifier
         ("protonet", [], 8),
+        ("protonet", ["--encoder=resnet12", "--width=4"], 8),
+        ("protomaml", ["--encoder=conv4", "--width=4"], 8),
         # In each of two epochs the validation takes five times two episodes, and one alone.
         ("protomaml", ["--tasks_per_step=2", "--val_episodes=11", "--k_shot=1", "--n_query=1"], 14),
         ("maml", ["--output_init=zeros", "--num_inner_steps=2"], 8),
