@@ -1,6 +1,7 @@
 """Test trained models: accuracy on new classes after seeing k images of each; tables and figures.
 
-    python evaluate.py --dataset=glyphs --recipe=quick   the built-in data set, nothing to download
+    python evaluate.py --dataset=glyphs --recipe=quick   random episodes of the built-in data set
+    python evaluate.py --dataset=glyphs --recipe=glyphs  its k-shot test, in a few minutes
     python evaluate.py                                   CIFAR-100 and SVHN, as in the tutorial
     python evaluate.py --recipe=best                     CIFAR-100 and MNIST, as in the README
     python evaluate.py --models=FILE --domains=mnist     one checkpoint of yours, or the tutorial's
@@ -11,9 +12,9 @@ Tests what you trained on the data set, or else the models that come with the pr
 accuracy.json, .csv and .md and the figures into results/<dataset>/. What is there already for the
 same checkpoint, data and settings is not computed again.
 
-On 2 CPU cores the first line takes about 7 minutes. A complete test by nearest prototype takes
-20 s. ProtoMAML and MAML adapt to every support set, which takes hours; --recipe=quick adapts to
-four per k.
+On 2 CPU cores the first line takes half a minute, the second some minutes: there ProtoMAML and MAML
+adapt to four support sets per k. To adapt to all takes hours; a complete test by nearest prototype
+takes 20 s.
 """
 
 import contextlib
@@ -26,6 +27,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +50,7 @@ DEFAULT_DOMAINS = {"cifar100": ("svhn",), "glyphs": ("glyph_digits",)}
 @dataclass
 class Config:
     # recipe
-    recipe: str = "tutorial"  # tutorial, quick, best, papers, reproduction or reproduction_maml
+    recipe: str = "tutorial"  # or quick, glyphs, best, papers, reproduction, reproduction_maml
     # data
     dataset: str = "cifar100"  # the models' training data set; its test classes are tested first
     domains: tuple[str, ...] = ("auto",)  # unseen data sets; auto: svhn or glyph_digits
@@ -87,8 +89,16 @@ class Config:
 
 RECIPES = {
     "tutorial": {},
+    # Half a minute on a CPU: few episodes, few steps.
+    "quick": {
+        "domains": (),
+        "num_episodes": 10,
+        "n_way": 10,
+        "k_shots": (1, 5),
+        "num_inner_steps": 10,
+    },
     # A few minutes on a CPU; made the tables in results/quick.
-    "quick": {"num_inner_steps": 30, "max_support_sets": 4},
+    "glyphs": {"num_inner_steps": 30, "max_support_sets": 4},
     # Made the tables in results/best.
     "best": {"domains": ("mnist",), "finetune": ("protonet",)},
     "papers": {"num_episodes": 2000, "k_shots": (1, 5), "domains": ()},
@@ -170,6 +180,8 @@ def load_checkpoints(cfg):
         if trained_on not in ("", cfg.dataset):  # a pretrained network names none
             dataset = shell_command(f"--dataset={trained_on}")
             raise UserError(f"{path} was trained on {trained_on}; pass {dataset}")
+        if model in checkpoints:  # named by its folder, too: checkpoints/best/cifar100/...
+            model += f" ({Path(path).absolute().parent.parent.name})"
         if model in checkpoints:
             both = f"{checkpoints[model]['path']} and {path}"
             raise UserError(f"{both} both hold a {model}; test one at a time, --models=FILE")

@@ -5,6 +5,7 @@ f(x) belongs to class c with probability softmax_c(-|f(x) - v_c|^2). Training dr
 tasks of a few classes each, and learns an encoder f that classifies their query images well. New
 classes then need no training: their prototypes are enough.
 
+    python train_protonet.py --recipe=first         a first look, in a minute
     python train_protonet.py                        the tutorial's recipe on CIFAR-100
     python train_protonet.py --recipe=best          from the classifier, 20-way 1-shot episodes
     python train_protonet.py --init_from=FILE       start from a trained encoder of this project
@@ -18,12 +19,15 @@ validation accuracy: CIFAR-100 43 % after one epoch and 62 % after 20, glyphs 98
 """
 
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
+from common import ROOT
 from common.augment import AugmentedBatches
 from common.checkpoint import starting_encoder
 from common.config import require, run_script
@@ -42,7 +46,7 @@ MODEL = "protonet"  # names the files, and the rows of a test
 @dataclass
 class Config:
     # recipe
-    recipe: str = "tutorial"  # tutorial (the values below) or best; options override it
+    recipe: str = "tutorial"  # tutorial (the values below), first or best; options override it
     # data
     dataset: str = "cifar100"  # cifar100, glyphs, or a file or folder of yours in data_dir
     data_dir: str = os.environ.get("PATH_DATASETS", "data")  # folder of the data sets
@@ -70,6 +74,7 @@ class Config:
     precision: str = "float32"  # of the encoder: float32, or bfloat16, faster on some machines
     cuda_graphs: bool = True  # false: run CUDA steps eagerly, to debug one or to save memory
     checkpoint_dir: str = "checkpoints"  # checkpoints go to <checkpoint_dir>/<dataset>/
+    test: str = ""  # recipe of evaluate.py to test the model with, beside included ones
     resume: str = "false"  # true: go on with the unfinished run; auto: where there is one
     overwrite: bool = False  # discard the run that is there
 
@@ -85,6 +90,17 @@ class Config:
 
 RECIPES = {
     "tutorial": {},
+    # A first look, in a minute: python train_protonet.py --recipe=first
+    "first": {
+        "dataset": "glyphs",
+        "epochs": 1,
+        "steps_per_epoch": 150,
+        "encoder": "conv4",
+        "lr": 1e-3,
+        "checkpoint_dir": "checkpoints/first",
+        "overwrite": True,
+        "test": "quick",
+    },
     # From the trained classifier, for CIFAR-100; docs/experiments.md has the numbers behind it.
     "best": {
         "init_from": "checkpoints/best/cifar100/classifier.pt",
@@ -148,6 +164,12 @@ def main(cfg):
         features = encode_in_batches(encoder.eval(), data.val.images, data.normalize)
         run.end_epoch(lr, *mean_loss(features, val_episodes, val_way, cfg.k_shot))
     run.finish(f"{cfg.n_way}-way {cfg.k_shot}-shot", f"{val_way}-way {cfg.k_shot}-shot")
+    if cfg.test:
+        models = f"{run.path}.pt,checkpoints/quick/{cfg.dataset}"
+        options = [f"--dataset={cfg.dataset}", f"--recipe={cfg.test}", f"--models={models}"]
+        options.append(f"--data_dir={cfg.data_dir}")
+        command = [sys.executable, os.path.join(ROOT, "evaluate.py"), *options]
+        return subprocess.run(command).returncode
 
 
 if __name__ == "__main__":

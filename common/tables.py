@@ -14,11 +14,11 @@ TITLES = {name.lower(): name for name in "Classifier ProtoNet MAML ProtoMAML Pix
 
 def title_of(row_name):
     """Return how tables and figures name a model; one that is not in TITLES keeps its name."""
-    base = row_name.removesuffix("_finetuned")
-    title = TITLES.get(base, base)
+    base, found, folder = row_name.removesuffix("_finetuned").partition(" (")
+    title = TITLES.get(base, base) + found + folder
     if is_pretrained(base):
         title = f"{base.partition(':')[2]}, pretrained"
-    return title + (", fine-tuned" if row_name != base else "")
+    return title + (", fine-tuned" if row_name.endswith("_finetuned") else "")
 
 
 def name_of(data_name, split):

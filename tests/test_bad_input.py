@@ -199,7 +199,6 @@ def test_more_shots_than_a_class_has_images_are_refused(k_shot, write, test, tmp
     [
         ({"seed": 1}, "first.pt and .*second.pt differ"),
         ({"image_shape": [64, 64]}, "first.pt and .*second.pt differ"),
-        ({"model": "protonet"}, "first.pt and .*second.pt both hold a protonet"),
     ],
     ids=name_of,
 )
@@ -209,6 +208,19 @@ def test_checkpoints_that_cannot_share_a_table_are_named(
     if seed := changes.pop("seed", 0):
         changes["class_split"] = split_classes(class_names, seed)
     refused(message, test, write("first.pt"), write("second.pt", **{"model": "maml", **changes}))
+
+
+def test_two_models_of_one_kind_are_told_apart_by_their_folders(write, test, tmp_path):
+    for folder in ("a/glyphs", "b/glyphs"):
+        (tmp_path / folder).mkdir(parents=True)
+        write(f"{folder}/protonet.pt")
+    paths = [tmp_path / folder / "glyphs" / "protonet.pt" for folder in "ab"]
+    assert test(*paths) == 0
+    rows = json.loads((tmp_path / "results" / "accuracy.json").read_text())
+    assert [row["model"] for row in rows] == ["protonet", "protonet (b)", "pixels"]
+    assert "| ProtoNet (b) |" in (tmp_path / "results" / "accuracy.md").read_text()
+    with pytest.raises(UserError, match="both hold a protonet .b.; test one at a time"):
+        test(*paths, paths[1])
 
 
 def test_where_there_is_no_checkpoint_one_is_to_be_trained(test, tmp_path):

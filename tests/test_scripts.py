@@ -440,6 +440,23 @@ def test_a_results_dir_that_cannot_be_written_is_known_before_anything_is_comput
         in_process({"evaluate": evaluate, "classify": classify}[script], *words, results)
 
 
+def test_the_first_command_trains_and_then_tests_beside_the_included_models(
+    glyph_dir, tmp_path, monkeypatch
+):
+    commands = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "run", lambda words: commands.append(words) or subprocess)
+    monkeypatch.setattr(subprocess, "returncode", 7, raising=False)
+    options = ["--recipe=first", f"--data_dir={glyph_dir}", "--steps_per_epoch=1", "--n_way=2"]
+    assert in_process(train_protonet, *options) == 7
+    (python, script, *words) = commands[0]
+    assert (python, Path(script)) == (sys.executable, ROOT / "evaluate.py")
+    cfg = parse_config(evaluate.Config, words, evaluate.RECIPES)
+    assert cfg.num_episodes == 10 and cfg.data_dir == str(glyph_dir)
+    models = evaluate.load_checkpoints(cfg)
+    assert list(models) == ["protonet", "maml", "protomaml", "protonet (quick)"]
+
+
 # Random episodes
 
 EPISODES = "--num_episodes=6 --max_support_sets=-1 --k_shots=1,5 --n_way=2 --n_query=4".split()

@@ -236,7 +236,7 @@ OPTIONS = dict(option.split("=") for option in OPTIONS.split())
 # start from a file, a folder's images, how a run goes on.
 OTHERS = set(
     "recipe dataset data_dir image_size device cuda_graphs checkpoint_dir resume overwrite "
-    "init_from batchnorm teacher distillation_weight temperature width".split()
+    "init_from batchnorm teacher distillation_weight temperature width test".split()
 )
 
 
