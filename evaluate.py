@@ -3,7 +3,7 @@
     python evaluate.py --dataset=glyphs --recipe=quick   random episodes of the built-in data set
     python evaluate.py --dataset=glyphs --recipe=glyphs  its k-shot test, in a few minutes
     python evaluate.py                                   CIFAR-100 and SVHN, as in the tutorial
-    python evaluate.py --recipe=best                     CIFAR-100 and MNIST, as in the README
+    python evaluate.py --recipe=best                     CIFAR-100 and MNIST, as in docs/results.md
     python evaluate.py --models=FILE --domains=mnist     one checkpoint of yours, or the tutorial's
     python evaluate.py --recipe=papers --models=FILE     random 5-way episodes, as in papers
     python evaluate.py --models=torchvision:resnet18     pretrained, without training here

@@ -172,7 +172,7 @@ def load_dataset(name, data_dir, image_size=32):
     elif stored is None:
         if not made:
             found = f"there is no data set {name!r}: neither {file} nor the folder {folder}"
-            raise UserError(f"{found}; put one there (README, Data) or take {', '.join(SOURCES)}")
+            raise UserError(f"{found}; put one there (docs/data.md) or take {', '.join(SOURCES)}")
         arrays = dict(zip(ARRAYS, map(np.asarray, made(name, Path(data_dir)))))
         with atomic_file(file) as temporary:
             np.savez(temporary, **arrays)
