@@ -107,7 +107,7 @@ def main(cfg):
     normalized = partial(normalize, mean=checkpoint["mean"], std=checkpoint["std"])
     pixels = (torch.from_numpy(each).permute(0, 3, 1, 2) for each in (support["images"], images))
     support, images = (each.to(device) for each in pixels)
-    support, images = Views(support, normalize=normalized), normalized(images)  # [N, 3, H, W]
+    support = Views(support, normalize=normalized)
 
     steps = {name: getattr(cfg, name) for name in ("num_inner_steps", "lr_inner", "lr_output")}
     tuning = cfg.finetune_steps or None, cfg.finetune_lr
@@ -144,12 +144,12 @@ def choose_left_out(labels, class_names, most):
 def by_nearest_prototype(encoder, support, labels, images, left_out):
     """Return the logits of the images [N, C] and of the support images left out [L, C], float64.
 
-    support: the Views of S images with labels int64 [S]; images [N, 3, H, W], normalised; left_out
-    int64 [L]: support images, each of which is compared with prototypes made without it.
+    support: the Views of S images with labels int64 [S]; images uint8 [N, 3, H, W]; left_out int64
+    [L]: support images, each of which is compared with prototypes made without it.
     """
     # On the CPU: not every device has float64.
+    images = encode_in_batches(encoder, images, support.normalize).cpu().double()  # [N, D]
     support = mean_features(encoder, support).cpu().double()  # [S, D]
-    images = encode_in_batches(encoder, images).cpu().double()  # [N, D]
     prototypes = make_prototypes(support, len(labels.unique()), labels)  # [C, D]
     logits = torch.cat([distance_logits(batch, prototypes) for batch in images.split(250)])
     # Without its feature vector f, a class of n images with the prototype p has the prototype
@@ -170,7 +170,7 @@ def by_adaptation(encoder, support, labels, images, left_out, how):
     everything = torch.arange(len(labels))
 
     def leave_out(position, local):
-        others, query = everything[everything != position], support.images_of(position[None])
+        others, query = everything[everything != position], support.images[position[None]]
         return adapted_logits(encoder, support, others, labels, query, how, local)
 
     logits = adapted_logits(encoder, support, everything, labels, images, how, deepcopy(encoder))
@@ -188,7 +188,8 @@ def adapted_logits(encoder, views, support, labels, queries, how, local):
     n_way, device = len(labels.unique()), queries.device
     task = support.to(device), labels[support].to(device)
     weight, bias = how.adapt(encoder, views, *task, n_way, local)
-    logits = F.linear(encode_in_batches(local.eval(), queries), weight, bias)
+    features = encode_in_batches(local.eval(), queries, views.normalize)
+    logits = F.linear(features, weight, bias)
     if not logits.isfinite().all():
         raise UserError(f"{how} diverged; pass a lower learning rate or fewer steps")
     return logits.detach().cpu()

@@ -161,7 +161,9 @@ def main(cfg):
     on_first(partial(require_writable, results_dir))
     test = partial(test_model, cfg, results_dir, device)
     rows = [row for each, model in product(image_sets, models) for row in test(*each, *model)]
-    rows = [{**row, "split": trained_split} for row in rows]
+    of = {model: checkpoint["encoder"].get("name", "densenet") for model, checkpoint in models}
+    of["pixels"] = ""
+    rows = [{**row, "split": trained_split, "encoder": of[row["model"]]} for row in rows]
 
     if is_first():
         print(tables.text_table(rows, failures))
@@ -185,8 +187,11 @@ def load_checkpoints(cfg):
         if model in checkpoints:
             both = f"{checkpoints[model]['path']} and {path}"
             raise UserError(f"{both} both hold a {model}; test one at a time, --models=FILE")
-        encoder_of(checkpoint, path)  # it can be built, or this raises
+        encoder = encoder_of(checkpoint, path)  # it can be built, or this raises
         digest = sha256(path) if trained_on else content_digest(checkpoint["state_dict"])
+        code = encoder.arguments.get("file_sha256")  # of an encoder of one's own
+        if code != checkpoint["encoder"].get("file_sha256"):
+            digest = content_digest([digest, code])
         checkpoints[model] = {**checkpoint, "path": path, "file_sha256": digest}
     if absent := set(cfg.finetune) - set(checkpoints):
         found = ", ".join(checkpoints)
@@ -204,9 +209,8 @@ def load_image_sets(cfg, checkpoints):
     """
     # A pretrained network takes images of any size; it has no split.
     first, *others = [each for each in checkpoints.values() if each["dataset"]] or [None]
-    shape = first["image_shape"] if first else [32, 32]
-    if not first and cfg.dataset not in SOURCES:
-        shape = next(iter(checkpoints.values()))["image_shape"]
+    shape = first and first["image_shape"]
+    largest = max(each["image_shape"][0] for each in checkpoints.values())
     split = first and split_of_training(first, checkpoints)
     for other in others:
         if other["image_shape"] != shape or split_of_training(other, checkpoints) != split:
@@ -221,7 +225,7 @@ def load_image_sets(cfg, checkpoints):
         # Who tests a folder of their own need not download what the models were trained on.
         download = not own or set(domains) <= set(SOURCES)
         try:
-            image_set = on_first(partial(load_images, cfg, name, shape, download))
+            image_set = on_first(partial(load_images, cfg, name, shape, largest, download))
             if own:
                 split = split or class_split("auto", image_set)
                 # In the known ones the order of the images may differ.
@@ -256,12 +260,17 @@ def split_of_training(checkpoint, checkpoints):
     return checkpoint["class_split"] or (split_classes(names) if names else {})
 
 
-def load_images(cfg, name, shape, download):
-    """Return the ImageSet `name`, whose images must have the `shape` of training."""
+def load_images(cfg, name, shape, largest, download):
+    """Return the ImageSet `name`, whose images must have the `shape` of training.
+
+    Without one they may have any; those of a folder get the side `largest`.
+    """
     if not download and not is_there(name, cfg.data_dir):
         raise UserError(f"it is not in {cfg.data_dir}; without a domain of yours it is downloaded")
-    image_set = load_dataset(name, cfg.data_dir, shape[0])
-    if (found := list(image_set.images.shape[2:])) != list(shape):
+    is_folder = name not in SOURCES and Path(cfg.data_dir, name).is_dir()
+    side = shape[0] if shape else largest if is_folder else 32
+    image_set = load_dataset(name, cfg.data_dir, side)
+    if shape and (found := list(image_set.images.shape[2:])) != list(shape):
         raise UserError(f"the images of {name} are {found} pixels, {list(shape)} are needed")
     return image_set
 

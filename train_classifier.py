@@ -154,8 +154,8 @@ def main(cfg):
     # All features have one learned length; the class prototypes are free.
     options = {"stem_stride": cfg.stem_stride} if cfg.stem_stride != 2 else {}
     encoder = starting_encoder(cfg, data, unit_features=True, **options).to(device)
-    if teacher and teacher[0].mean != encoder.mean:
-        raise UserError("one of teacher and encoder was pretrained: their images differ; take both")
+    if teacher and len({teacher[0].mean, encoder.mean} - {None}) == 2:
+        raise UserError("teacher and encoder want images normalised in two ways; take another")
     num_classes = len(data.train.class_names)
     class_prototypes = torch.nn.Embedding(num_classes, encoder.num_features)
     torch.nn.init.normal_(class_prototypes.weight, std=0.1)

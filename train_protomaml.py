@@ -34,7 +34,7 @@ from common.config import require, run_script
 from common.cuda_graph import CudaGraphStep
 from common.data import load_training_data
 from common.device import pick_device
-from common.inner_loop import copy_weights, float_buffers, inner_loop
+from common.inner_loop import copy_tensors, copy_weights, float_buffers, inner_loop
 from common.optimizer import make_optimizer, set_learning_rate, step_decay
 from common.parallel import Workers, all_gather, all_reduce, equal_share, my_slice, process_count
 from common.prototypes import accuracy, episode_labels, make_prototypes, prototype_head
@@ -87,14 +87,7 @@ class Config:
         require(self, "n_way >= 2", "k_shot >= 1", "n_query >= 1", "tasks_per_step >= 1")
         require(self, "num_inner_steps >= 1", "lr_inner > 0", "lr_output > 0", "lr > 0")
         require(self, "all(0 < share <= 1 for share in lr_drops)", "weight_decay >= 0")
-        require(
-            self,
-            "proto_dim >= 0",
-            "width >= 0",
-            "val_episodes >= 0",
-            "epochs >= 1",
-            "steps_per_epoch >= 0",
-        )
+        require(self, "width >= 0", "proto_dim >= 0", "val_episodes >= 0", "epochs >= 1")
         require(self, "precision in ('float32', 'bfloat16')", "batchnorm in ('batch', 'frozen')")
         require(self, "output_init in ('prototypes', 'zeros')", "seed >= 0", "steps_per_epoch >= 0")
         require(self, "resume.lower() in ('false', 'true', 'auto')")
@@ -160,7 +153,7 @@ def task_gradients(cfg, encoder, copies, images):
     gradients = [parameter.grad for parameter in local.parameters()]
     if cfg.output_init == "prototypes":  # which depend on the encoder, too
         gradients = torch._foreach_add(gradients, [p.grad for p in start.parameters()])
-    return loss.detach(), acc, gradients, torch._foreach_mul(float_buffers(local), 1.0)
+    return loss.detach(), acc, gradients, [b.clone() for b in float_buffers(local)]
 
 
 def train_step(cfg, encoder, optimizer, workers, images):
@@ -180,7 +173,7 @@ def train_step(cfg, encoder, optimizer, workers, images):
         parameter.grad = gradient
     optimizer.step()
     if cfg.batchnorm == "batch":  # the encoder's own follow those of the adapted copies
-        torch._foreach_copy_(float_buffers(encoder), statistics)
+        copy_tensors(statistics, float_buffers(encoder))
     return loss, acc
 
 

@@ -185,18 +185,20 @@ def starting_encoder(cfg, data, **options):
     """
     if getattr(cfg, "init_from", ""):
         encoder = load_encoder(cfg.init_from, data)
+        if cfg.encoder != "densenet" or cfg.width:
+            raise UserError("--init_from brings its encoder: leave out --encoder and --width")
     else:
         options |= {"width": cfg.width} if cfg.width else {}
         size = data.train.images.shape[2]
         encoder = Encoder(cfg.proto_dim, name=cfg.encoder, image_size=size, **options)
-    if encoder.mean:
-        data.mean, data.std = encoder.mean, encoder.std
+        if encoder.mean:
+            data.mean, data.std = encoder.mean, encoder.std
     encoder.precision = cfg.precision
     return encoder
 
 
 def load_encoder(path, data):
-    """Return the encoder in `path`, on the CPU, in eval mode.
+    """Return the encoder in `path`, on the CPU, in eval mode; normalise `data` as it was trained.
 
     data: the TrainingData of this run. Raises UserError where the encoder was trained on other
     classes, so that it may have seen the ones that are held out here, or on images of another size.
@@ -214,4 +216,5 @@ def load_encoder(path, data):
         raise UserError(
             f"{path} was trained on {trained_on} pixels, this run's images have {shape}"
         )
+    data.mean, data.std = tuple(checkpoint["mean"]), tuple(checkpoint["std"])
     return encoder_of(checkpoint, path)

@@ -82,13 +82,16 @@ class ImageSet:
 class MappedImages:
     """Images that stay in their file until they are indexed: a data set may exceed the memory.
 
-    stored: uint8 [M, 3, H, W], mapped into memory; rows: int64 [N], the images of this set. Indexed
-    as a tensor [N, 3, H, W] would be, it returns a tensor on `device`.
+    array: a memmap uint8 [M, H, W, 3]; rows: int64 [N], the images of this set. Indexed as a tensor
+    [N, 3, H, W] would be, it returns a tensor on `device`. Processes share the memory.
     """
 
-    def __init__(self, stored, rows, device="cpu"):
-        self.stored, self.rows, self.device = stored, rows, torch.device(device)
-        self.shape = torch.Size([len(rows), *stored.shape[1:]])
+    def __init__(self, array, rows, device="cpu"):
+        self.array, self.rows, self.device = array, rows, torch.device(device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it cannot be written to: nobody does
+            self.stored = torch.from_numpy(array).permute(0, 3, 1, 2)
+        self.shape = torch.Size([len(rows), *self.stored.shape[1:]])
 
     def __len__(self):
         return len(self.rows)
@@ -97,15 +100,24 @@ class MappedImages:
         if isinstance(index, torch.Tensor):
             index = index.cpu()
             if index.dtype == torch.bool:  # a choice of images, not the images themselves
-                return MappedImages(self.stored, self.rows[index], self.device)
+                return MappedImages(self.array, self.rows[index], self.device)
         return self.stored[self.rows[index]].to(self.device)
+
+    def __reduce__(self):  # to another process of torchrun goes what it needs to map the file
+        where = self.array.filename, self.array.offset, self.array.shape
+        return _mapped_again, (*where, self.rows, self.device)
 
     def to(self, device):
         """Return all images as a tensor on a GPU that has twice the room, else those that index."""
         size = len(self) * self.stored[0].numel()
         if device.type == "cuda" and 2 * size < torch.cuda.mem_get_info(device)[0]:
-            return self[:].to(device)
-        return MappedImages(self.stored, self.rows, device)
+            images = torch.cat([batch.to(device) for batch in batches(self)])
+            return images.contiguous(memory_format=torch.channels_last)
+        return MappedImages(self.array, self.rows, device)
+
+
+def _mapped_again(file, offset, shape, rows, device):
+    return MappedImages(np.memmap(file, np.uint8, "r", offset, shape), rows, device)
 
 
 def batches(images, size=1000):
@@ -166,7 +178,9 @@ def load_dataset(name, data_dir, image_size=32):
     if has_folder and (stored is None or "folder_state" in stored):
         arrays, _ = read_folder(folder, image_size, file, stored)
         if arrays["images"].nbytes > files.LARGE and file.exists():
-            arrays = _read_npz(file)
+            mapped = _read_npz(file)
+            written = mapped.get("folder_state") == arrays["folder_state"]
+            arrays = mapped if written else arrays
     elif has_folder:
         print(f"{file} is used, not the folder {folder}; remove the one that is not meant")
     elif stored is None:
@@ -249,9 +263,10 @@ def _map_images(file):
         raw.seek(member.header_offset + 26)
         lengths = int.from_bytes(raw.read(2), "little") + int.from_bytes(raw.read(2), "little")
         raw.seek(lengths, os.SEEK_CUR)
-        np.lib.format.read_magic(raw)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(raw)
-        return {"images": np.memmap(file, dtype, "r", raw.tell(), shape)}
+        if np.lib.format.read_magic(raw) != (1, 0):
+            return {}
+        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(raw)
+        return {} if by_columns else {"images": np.memmap(file, dtype, "r", raw.tell(), shape)}
 
 
 def _image_set(name, arrays, source):
@@ -277,11 +292,10 @@ def _image_set(name, arrays, source):
         raise UserError(f"{source} holds {found}, but a data set has {FORMAT}; write it again")
     split = split_of(arrays["split"].tolist(), class_names, source) if "split" in arrays else None
     # [N, H, W, 3] seen as [N, 3, H, W] is channels last already: no copy.
-    mapped = images.nbytes > files.LARGE
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a map that cannot be written to: nobody does
+    if isinstance(images, np.memmap) and images.nbytes > files.LARGE:
+        images = MappedImages(images, torch.arange(len(images)))
+    else:
         images = torch.from_numpy(images).permute(0, 3, 1, 2)
-    images = MappedImages(images, torch.arange(len(images))) if mapped else images
     return ImageSet(name, images, torch.from_numpy(labels), class_names, split)
 
 
@@ -329,18 +343,20 @@ def _omniglot(parts, turned):
     """
     images, labels, names = [], [], []
     for part in parts:
-        for image, label in part:  # dark on light, 105x105
-            light = ImageOps.invert(image).resize((28, 28), Image.Resampling.LANCZOS)
+        files_of = [(part._characters[c], file) for file, c in part._flat_character_images]
+        # In an order that does not depend on the disk; dark on light, 105x105.
+        for place in sorted(range(len(part)), key=files_of.__getitem__):
+            name = files_of[place][0].replace(os.sep, "/")
+            names += [name] if name not in names[-1:] else []
+            light = ImageOps.invert(part[place][0]).resize((28, 28), Image.Resampling.LANCZOS)
             images.append(np.pad(np.asarray(light), 2))  # 28x28 -> 32x32
-            labels.append(len(names) + label)
-        names += part._characters
+            labels.append(len(names) - 1)
     images, labels, count = np.stack(images), np.array(labels), len(names)
     split, order = np.full(count, "train"), np.random.default_rng(0).permutation(count)
     split[order[: count * 423 // 1623]] = "test"
     split[order[count * 423 // 1623 : count * 595 // 1623]] = "val"
+    rows = np.flatnonzero(split[labels] == "train")
     for turns in (1, 2, 3) if turned else ():
-        rows = np.flatnonzero(split[:count][labels % count] == "train")
-        rows = rows[labels[rows] < count]
         images = np.concatenate([images, np.rot90(images[rows], turns, axes=(1, 2))])
         labels = np.concatenate([labels, labels[rows] + turns * count])
         names = [*names, *(f"{name}, turned {90 * turns}" for name in names[:count])]

@@ -1,6 +1,7 @@
 """The encoders by name: images [B, 3, H, W] to features [B, D]."""
 
-import importlib.util
+import os
+import runpy
 from collections import OrderedDict
 from copy import deepcopy
 
@@ -94,18 +95,23 @@ class Pretrained(nn.Module):
             from torchvision import models
 
             published = models.get_model_weights(name).DEFAULT
-            self.net = models.get_model(name, weights=published if weights else None)
-            how = published.transforms()
-            self.size, self.mean, self.std = 2 * (how.crop_size[0],), how.mean, how.std
+            how, options = published.transforms(), {}
+            if name in ("googlenet", "inception_v3"):  # else other ones without the weights
+                options = {"aux_logits": False, "transform_input": True, "init_weights": False}
+            if name.startswith("vit_"):
+                options = {"image_size": how.crop_size[0]}
+            net = models.get_model(name, weights=published if weights else None, **options)
+            self.net, size = net, how.crop_size[0]
+            self.size, self.mean, self.std = (size, size), tuple(how.mean), tuple(how.std)
             kinds = nn.Linear, nn.Conv2d  # squeezenet's last layer is a convolution
-            layers = [path for path, layer in self.net.named_modules() if isinstance(layer, kinds)]
+            layers = [path for path, layer in net.named_modules() if isinstance(layer, kinds)]
             parent, _, attribute = layers[-1].rpartition(".")
-            setattr(self.net.get_submodule(parent), attribute, nn.Identity())
-            if getattr(self.net, "aux_logits", False):  # inception_v3's second output
-                self.net.aux_logits, self.net.AuxLogits = False, None
+            setattr(net.get_submodule(parent), attribute, nn.Identity())
         for layer in self.net.modules():
             if type(layer).__name__ in ("Dropout", "StochasticDepth"):
                 layer.p = 0.0
+            if hasattr(layer, "drop_prob"):  # timm's DropPath
+                layer.drop_prob = 0.0
 
     def forward(self, images):
         if images.shape[2:] != self.size:
@@ -120,15 +126,19 @@ def network(name, weights, options):
     """
     if name in ("conv4", "resnet12"):
         return {"conv4": conv4, "resnet12": resnet12}[name](**options), options
+    if unknown := options.keys() - {"file_sha256"}:
+        raise ValueError(f"it has no {min(unknown)}")
     if is_pretrained(name):
         return Pretrained(name, weights), options
     path, _, class_name = name.rpartition(":")
+    if os.path.basename(path) != path:  # nor does a checkpoint from elsewhere name any file
+        raise ValueError("its file has to lie in the folder that you are in")
     if options.get("file_sha256", digest := sha256(path)) != digest:
         print(f"{path} has changed since the training")
-    spec = importlib.util.spec_from_file_location("my_encoder", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, class_name)(), {"file_sha256": digest}
+    made = runpy.run_path(path)[class_name]()
+    if not all(parameter.requires_grad for parameter in made.parameters()) or not made.state_dict():
+        raise ValueError("all of its parameters have to be trained, and there has to be one")
+    return made, {"file_sha256": digest}
 
 
 def is_pretrained(name):
@@ -188,22 +198,27 @@ class Encoder(nn.Module):
         if is_pretrained(name):
             self.mean, self.std = features.mean, features.std
         self.features, self.classifier = features, last
+        self.contiguous = ".py:" in name  # x.view(len(x), -1) works in no other layout
         self.log_scale = None
         if unit_features:
             self.log_scale = nn.Parameter(torch.tensor(INITIAL_SCALE).log())
         # What a checkpoint needs to build the encoder again.
         known = {"proto_dim": proto_dim, "unit_features": unit_features, "name": name}
         self.arguments = {**known, **options}
-        self.train().to(memory_format=torch.channels_last)
+        self.train().to("cpu")
 
     def to(self, *args, **kwargs):
         """Move the encoder as any module; its weights are stored as convolutions there need it."""
         super().to(*args, **kwargs)
-        return super().to(memory_format=memory_format_of(next(self.parameters()).device))
+        return super().to(memory_format=self.memory_format(next(self.parameters()).device))
+
+    def memory_format(self, device):
+        """Return how weights and images are stored on a device."""
+        return torch.contiguous_format if self.contiguous else memory_format_of(device)
 
     def forward(self, images):
         """Return the features [B, D] of images [B, 3, H, W]."""
-        if memory_format_of(images.device) == torch.contiguous_format:
+        if self.memory_format(images.device) == torch.contiguous_format:
             images = images.contiguous()
         in_bfloat16 = self.precision == "bfloat16"
         with torch.autocast(images.device.type, torch.bfloat16, in_bfloat16, cache_enabled=False):
@@ -250,11 +265,12 @@ def with_principal_features(encoder, images):
 @torch.no_grad()
 def encode_in_batches(encoder, images, normalize=lambda images: images):
     """Return the features [N, D] of images [N, 3, H, W], normalised, in the encoder's mode."""
-    size = batch_size(images)
+    size = batch_size(images, encoder)
     starts = range(0, len(images), size)
     return torch.cat([encoder(normalize(images[start : start + size])) for start in starts])
 
 
-def batch_size(images):
+def batch_size(images, encoder):
     """Return how many images to encode at once: 250, or fewer of more than 64x64 pixels."""
-    return max(1, min(250, 2**20 // images.shape[2:].numel()))
+    height, width = getattr(encoder.features, "size", images.shape[2:])
+    return max(1, min(250, 2**20 // (height * width)))

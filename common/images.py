@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import re
+import shutil
 import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -43,7 +44,10 @@ def read_folder(folder, size, file=None, kept=None):
         print(f"{folder}, or --image_size, changed since {file} was made; reading the images again")
     print_unused({folder, *class_folders, *(path.parent for path in class_folders)}, paths)
     # Many of them are in a file of their own until all are read: they may exceed the memory.
-    large = file and len(paths) * size * size * 3 > files.LARGE
+    large = file and (needed := len(paths) * size * size * 3) > files.LARGE
+    if large and shutil.disk_usage(file.parent).free < 2.1 * needed:
+        found = f"{file.parent} has not twice {needed / 2**30:.1f} GiB free"
+        raise UserError(f"{found}, which the images take; pass a smaller --image_size")
     with tempfile.TemporaryFile(dir=file.parent) if large else contextlib.nullcontext() as room:
         images, bits = read_images(paths, size, str(folder), room=room)
     labels = np.repeat(np.arange(len(images_of), dtype=np.int64), list(map(len, images_of)))
@@ -261,7 +265,9 @@ def _in_8_bits(image, bits, facts):
         found = f"its shades run from {shades.min()} to {shades.max()}"
         raise ValueError(f"{found}, but those of its data set from 0 to {2**bits - 1}")
     facts["brightest"] = int(shades.max())
-    return Image.fromarray((shades >> bits - 8).astype(np.uint8))
+    deep = Image.fromarray((shades >> bits - 8).astype(np.uint8))
+    deep.info = image.info  # how it lies, too
+    return deep
 
 
 def _as_rgb(image):

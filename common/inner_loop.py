@@ -67,8 +67,7 @@ class InnerLoop:
             return x_spt.new_zeros(n_way, encoder.num_features), x_spt.new_zeros(n_way)
         with torch.no_grad():
             features = local(x_spt)  # [N*K, D]
-            # The pass has moved BatchNorm's statistics.
-            torch._foreach_copy_(float_buffers(local), float_buffers(encoder))
+            copy_tensors(float_buffers(encoder), float_buffers(local))  # moved by the pass
         return prototype_head(make_prototypes(features, n_way, y_spt))
 
     def adapt(self, encoder, views, support, y_spt, n_way, local):
@@ -94,8 +93,14 @@ class InnerLoop:
 @torch.no_grad()
 def copy_weights(source, target):
     """Copy parameters and floating-point buffers of `source` into its deep copy `target`."""
-    torch._foreach_copy_(list(target.parameters()), list(source.parameters()))
-    torch._foreach_copy_(float_buffers(target), float_buffers(source))
+    copy_tensors(source.parameters(), target.parameters())
+    copy_tensors(float_buffers(source), float_buffers(target))
+
+
+def copy_tensors(sources, targets):
+    """Copy tensors into others, in one call; there may be none."""
+    if targets := list(targets):
+        torch._foreach_copy_(targets, list(sources))
 
 
 def float_buffers(module):

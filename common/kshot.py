@@ -93,7 +93,7 @@ def adaptation(config, finetune_steps=None, finetune_lr=0.001, **overrides):
 def mean_features(encoder, views):
     """Return the features [N, D] of images, each the mean over its Views, in the encoder's mode."""
     indices = torch.arange(len(views.images), device=views.images.device)
-    batches = indices.split(max(1, batch_size(views.images) // views.count))
+    batches = indices.split(max(1, batch_size(views.images, encoder) // views.count))
     features = [
         encoder(views.images_of(batch)).unflatten(0, (-1, views.count)) for batch in batches
     ]
@@ -135,7 +135,7 @@ def adapted_accuracies(
     """
     device, num_support = views.images.device, n_way * k_shot
     workers = Workers(device, len(tasks), lambda: deepcopy(encoder))
-    at_once = batch_size(views.images) * (2 if device.type == "cpu" else 8)
+    at_once = batch_size(views.images, encoder) * (2 if device.type == "cpu" else 8)
     at_once = max(1, at_once // views.count)
     own_tasks = _in_order(tasks, labels, n_way, k_shot)[my_slice()].to(device)
     y_spt = episode_labels(n_way, k_shot, device)

@@ -34,6 +34,13 @@ def variant(settings):
     return text + (f", {precision}" if precision != "float32" else "")
 
 
+def network(row):
+    """Return what a row's name says of the encoder: ", conv4", or nothing."""
+    known = row["model"].startswith(("pixels", "torchvision:", "timm:"))
+    name = row.get("encoder", "densenet")
+    return "" if known or name == "densenet" else f", {name}"
+
+
 def tutorials_accuracy(row, printed=False):
     """Return the tutorial's accuracy in % for the model, data set and k of a row, or None.
 
@@ -119,7 +126,7 @@ def _cells(rows):
         split = row["split"] if row["dataset"] == row["trained_on"] else ""
         part = " (val)" if row["classes"] == "val" else ""
         cells = {
-            "model": title_of(row["model"]) + variant(row["settings"]),
+            "model": title_of(row["model"]) + network(row) + variant(row["settings"]),
             "tested on": name_of(row["dataset"], split) + part,
             "k": str(row["k_shot"]),
             "accuracy": f"{100 * row['accuracy']:.2f}",
@@ -146,7 +153,7 @@ def _remarks(rows, failures):
     one = "episode" if "num_episodes" in rows[0] else "support set"
     note = "k: support images per class. Accuracy, interval and std in %. The interval is of the "
     note += f"mean over the {one}s; std says how much one {one} differs from the next."
-    if any(is_pretrained(row["model"]) for row in rows):
+    if any(is_pretrained(row.get("encoder", "")) for row in rows):
         note += " Pretrained: on other data; ImageNet, most often, has most classes of CIFAR-100, "
         note += "so that they are not new to it."
     if any(map(tutorials_accuracy, rows)):

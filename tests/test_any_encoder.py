@@ -115,7 +115,7 @@ def test_a_pretrained_network_is_tested_under_its_name_and_needs_no_training(
     assert "| shufflenet_v2_x0_5, pretrained |" in table and "most classes of CIFAR-100" in table
     # The network sees what torchvision's own transform gives it, but for the middle that it cuts.
     contents = pretrained_checkpoint(PRETRAINED)
-    assert contents["image_shape"] == [224, 224] and contents["mean"] == [0.485, 0.456, 0.406]
+    assert contents["image_shape"] == [224, 224] and contents["mean"] == (0.485, 0.456, 0.406)
     encoder = Encoder(name=PRETRAINED).eval()
     images = torch.randn(2, 3, 224, 224)
     net = models.get_model(PRETRAINED.partition(":")[2], weights="DEFAULT").eval()
@@ -169,3 +169,33 @@ def test_photographs_in_the_folders_of_mini_imagenet_are_trained_and_tested_on(t
     options = ["--dataset=mini", f"--data_dir={tmp_path}", "--k_shots=1", f"--models={path}"]
     options += [f"--results_dir={tmp_path / 'results'}", "--device=cpu"]
     assert evaluate.main(parse_config(evaluate.Config, options)) == 0
+
+
+@pytest.mark.parametrize("model", ["classifier", "protonet", "maml"])
+def test_a_network_without_batchnorm_that_flattens_by_view_is_trained_too(
+    model, glyph_dir, tmp_path, networks
+):
+    code = "\n    def forward(self, x):\n        return super().forward(x).view(len(x), -1)\n"
+    (networks / "plain.py").write_text(
+        "from torch import nn\n\nclass Plain(nn.Conv2d):\n    def __init__(self):\n"
+        "        super().__init__(3, 6, 5, stride=4)\n" + code
+    )
+    path = train(model, "plain.py:Plain", glyph_dir, tmp_path)
+    options = [f"--data_dir={glyph_dir}", f"--results_dir={tmp_path}", f"--models={path}"]
+    options += "--dataset=glyphs --domains= --k_shots=1 --num_inner_steps=1 --device=cpu".split()
+    options += ["--max_support_sets=1", f"--finetune={model}", "--finetune_steps=1"]
+    assert evaluate.main(parse_config(evaluate.Config, options)) == 0
+    assert ", plain.py:Plain |" in (tmp_path / "accuracy.md").read_text()
+
+
+def test_a_teacher_and_a_start_bring_the_normalisation_of_their_training(
+    glyph_dir, tmp_path, networks
+):
+    for name in ("torchvision:shufflenet_v2_x0_5", "densenet"):
+        path = train("classifier", name, glyph_dir, tmp_path / name[:5], f"--teacher={PRETRAINED}")
+        assert load_checkpoint(path)["mean"] == (0.485, 0.456, 0.406)
+    start = f"--init_from={path}"
+    path = train("protonet", "densenet", glyph_dir, tmp_path / "third", start)
+    assert load_checkpoint(path)["mean"] == (0.485, 0.456, 0.406)
+    with pytest.raises(UserError, match="--init_from brings its encoder"):
+        train("protonet", "conv4", glyph_dir, tmp_path / "fourth", start)
