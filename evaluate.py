@@ -37,8 +37,9 @@ from common import UserError, figures, kshot, shell_command, tables
 from common.augment import Views
 from common.checkpoint import content_digest, encoder_of, find_checkpoints, load_checkpoint
 from common.config import require, run_script, show
-from common.data import SOURCES, batches, is_there, load_dataset, normalize
+from common.data import SOURCES, ImageSet, batches, is_there, load_dataset, normalize
 from common.device import pick_device
+from common.encoders import Encoder, encode_in_batches
 from common.files import require_writable, sha256, write_text
 from common.parallel import is_first, on_first, process_count
 from common.splits import class_split, split_classes, split_name
@@ -169,6 +170,10 @@ def main(cfg):
         print(tables.text_table(rows, failures))
         tables.write_tables(rows, failures, results_dir, how_it_was_made(checkpoints))
         draw_figures(cfg, results_dir, val, rows)
+        for model, checkpoint in checkpoints.items():  # the first that takes the nearest prototype
+            if not kshot.adaptation(checkpoint["config"]):
+                draw_features(image_sets[0][0], model, checkpoint, device, results_dir)
+                break
         print(f"tables and figures: {results_dir}{os.sep}")
     return 1 if failures else 0
 
@@ -438,6 +443,29 @@ def draw_figures(cfg, results_dir, val, rows):
         tested = tables.name_of(name, rows[0]["split"]) if name == cfg.dataset else name
         title = f"{part} classes of {tested}" + tables.variant(vars(cfg))
         figures.plot_accuracy_over_k(of_set, title, where(f"models_{name}"))
+
+
+def draw_features(image_set, model, checkpoint, device, results_dir):
+    """Draw the features of some test images by the untrained and by the trained encoder."""
+    names = image_set.class_names[:10]
+    count = min(40, torch.bincount(image_set.labels).min().item())
+    rows = [torch.nonzero(image_set.labels == c)[:count, 0] for c in range(len(names))]
+    labels = torch.arange(len(names)).repeat_interleave(count)
+    shown = ImageSet(image_set.name, image_set.images[torch.cat(rows)], labels, names)
+    torch.manual_seed(0)
+    size = checkpoint["image_shape"][0]
+    untrained = Encoder(**checkpoint["encoder"], image_size=size, weights=False).eval()
+    normalized = partial(normalize, mean=checkpoint["mean"], std=checkpoint["std"])
+    features = {}
+    for title, encoder in (
+        ("untrained", untrained),
+        (tables.title_of(model), encoder_of(checkpoint, checkpoint["path"])),
+    ):
+        images = shown.images.to(device)
+        features[title] = encode_in_batches(encoder.to(device), images, normalized).cpu()
+    if count > 1 and encoder.num_features > 1:
+        k_shot = min(5, count // 2)
+        figures.plot_features(shown, features, k_shot, os.path.join(results_dir, "features"))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ STYLES = {
 }
 # Those of other models, which may be any: 12 pairs of a colour and a marker.
 OTHER_COLORS, OTHER_MARKERS = ("#E69F00", "#56B4E9", "black"), ("v", "P", "*", "h")
+SMALL = {"ha": "center", "va": "top", "fontsize": 8}
+FEATURE_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 # The same model, fine-tuned: the same colour and marker, filled white, and a dash-dotted line.
 FINE_TUNED = {"markerfacecolor": "white", "linestyle": "-."}
 
@@ -136,6 +138,46 @@ def plot_episode(image_set, episode, n_way, k_shot, path):
             axis.spines[:].set_visible(False)
         figure.suptitle(f"One {n_way}-way {k_shot}-shot episode of {image_set.name}")
         figure.tight_layout()
+
+
+def plot_features(image_set, features, k_shot, path):
+    """Draw images where two principal components of their features put them, by encoder.
+
+    image_set: as many images of each class, class by class; features: {title: [N, D]}. The first
+    k_shot images of a class make its prototype, a star. Of the others, some that are nearest to the
+    prototype of another class are shown.
+    """
+    from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+
+    names, labels = image_set.class_names, image_set.labels
+    is_query = torch.arange(len(labels)) % (len(labels) // len(names)) >= k_shot
+    with new_figure(path, (6.5 * len(features), 5.5)) as figure:
+        axes = figure.subplots(1, len(features))
+        for axis, (title, vectors) in zip(axes, features.items()):
+            prototypes = vectors.unflatten(0, (len(names), -1))[:, :k_shot].mean(dim=1)  # [C, D]
+            both = torch.cat([vectors, prototypes])
+            both = both - both.mean(dim=0)
+            plane = both @ torch.linalg.svd(both, full_matrices=False).Vh[:2].T  # [N + C, 2]
+            nearest = torch.cdist(vectors, prototypes).argmin(dim=1)
+            for c, (name, star) in enumerate(zip(names, plane[len(labels) :].tolist())):
+                color, marker = FEATURE_COLORS[c % 5], "os^Dv"[c // 5 % 5]
+                axis.scatter(*plane[: len(labels)][labels == c].T, s=14, c=color, marker=marker)
+                axis.scatter(*star, s=200, c=color, marker="*", edgecolor="black", zorder=3)
+                axis.annotate(_wrapped(name), star, (6, 6), textcoords="offset points", zorder=4)
+            wrong = torch.nonzero((nearest != labels) & is_query)[:, 0]
+            wrong = wrong[:: max(1, len(wrong) // 4)][:4].tolist()
+            for number, place in enumerate(sorted(wrong, key=lambda n: plane[n, 0].item())):
+                pixels = image_set.images[place].permute(1, 2, 0).numpy()
+                where = {"xybox": (0.12 + 0.25 * number, -0.12), "boxcoords": "axes fraction"}
+                where["arrowprops"] = {"arrowstyle": "-", "color": "#666666"}
+                picture = OffsetImage(pixels, zoom=40 / pixels.shape[0])
+                axis.add_artist(AnnotationBbox(picture, plane[place].tolist(), **where))
+                text = f"{names[labels[place]]}\ntaken for\n{names[nearest[place]]}"
+                axis.text(where["xybox"][0], -0.21, text, transform=axis.transAxes, **SMALL)
+            correct = (nearest == labels)[is_query].float().mean().item()
+            axis.set_title(f"{title}: {correct:.0%} of the queries correct")
+            axis.set(xticks=[], yticks=[])
+        figure.suptitle(f"Features of {image_set.name}; a star is the mean of {k_shot} images")
 
 
 def plot_accuracy_over_k(rows, title, path):

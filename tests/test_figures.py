@@ -189,3 +189,18 @@ def test_a_character_comes_from_whatever_installed_font_has_it_else_one_line(
     printed = capsys.readouterr().out
     assert printed.startswith(f"no installed font has 1 characters of this figure ({absent}): ")
     assert "fonts-noto-cjk" in printed and printed.count("\n") == 1 and not recwarn.list
+
+
+@pytest.mark.parametrize("separation, correct", [(9, "100%"), (0, None)])
+def test_features_appear_with_some_that_are_wrong(separation, correct, tmp_path, drawn):
+    names = ["apple", "beaver", "crab", "US$^", "e", "f", "g"]
+    data, vectors = image_set(names), torch.randn(56, 16)
+    vectors += separation * torch.eye(7, 16)[data.labels]
+    figures.plot_features(data, {"untrained": torch.randn(56, 16), "trained": vectors}, 3, "x")
+    left, right = drawn[0].axes
+    shown = [text.get_text() for text in right.texts]
+    assert set(names) <= set(shown) and right.get_title().startswith("trained: ")
+    wrong = [text for text in shown if "taken for" in text]
+    assert len(wrong) == (0 if correct else 4) and (not correct or correct in right.get_title())
+    assert all(len({*text.splitlines()[::2]}) == 2 for text in wrong)
+    drawn[0].savefig(tmp_path / "x.png")
