@@ -187,7 +187,9 @@ def test_table_csv_markdown_json_and_command_agree(tested, trained):
         assert sha256(trained[0] / f"{model}.pt")[:12] in markdown
 
 
-@pytest.mark.parametrize("name", ["few_shot_batch", "features", "models_glyphs", "models_glyph_digits"])
+@pytest.mark.parametrize(
+    "name", ["few_shot_batch", "features", "models_glyphs", "models_glyph_digits"]
+)
 def test_every_figure_is_there_as_png_and_svg(name, tested):
     assert min(Image.open(tested[0] / f"{name}.png").size) > 100
     assert (tested[0] / f"{name}.svg").read_text().endswith("</svg>\n")
