@@ -172,7 +172,8 @@ def plot_features(image_set, features, k_shot, path):
                 where["arrowprops"] = {"arrowstyle": "-", "color": "#666666"}
                 picture = OffsetImage(pixels, zoom=40 / pixels.shape[0])
                 axis.add_artist(AnnotationBbox(picture, plane[place].tolist(), **where))
-                text = f"{names[labels[place]]}\ntaken for\n{names[nearest[place]]}"
+                true, found = (_wrapped(names[c]) for c in (labels[place], nearest[place]))
+                text = f"{true}\ntaken for\n{found}"
                 axis.text(where["xybox"][0], -0.21, text, transform=axis.transAxes, **SMALL)
             correct = (nearest == labels)[is_query].float().mean().item()
             axis.set_title(f"{title}: {correct:.0%} of the queries correct")
