@@ -24,7 +24,7 @@ from common.tables import name_of, title_of, write_csv
 LOG_EVERY = 20  # steps between two looks at the loss: on a GPU a look waits for all work before it
 COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy")  # of the CSV
 # Config fields that do not affect the result: neither stored nor compared on resume.
-NOT_STORED = "recipe data_dir checkpoint_dir device cuda_graphs resume overwrite".split()
+NOT_STORED = "recipe data_dir checkpoint_dir device cuda_graphs resume overwrite test".split()
 # Fields that may differ when resuming. These files may have moved: what came from them is in the
 # state, or compared with it.
 MAY_CHANGE = ("epochs", "init_from", "split")
