@@ -42,6 +42,7 @@ from common.device import pick_device
 from common.encoders import Encoder, encode_in_batches
 from common.files import require_writable, sha256, write_text
 from common.parallel import is_first, on_first, process_count
+from common.prototypes import episode_labels
 from common.splits import class_split, split_classes, split_name
 
 PROTOCOL = 1  # version of the test: results of another version are not reused
@@ -450,7 +451,7 @@ def draw_features(image_set, model, checkpoint, device, results_dir):
     names = image_set.class_names[:10]
     count = min(40, torch.bincount(image_set.labels).min().item())
     rows = [torch.nonzero(image_set.labels == c)[:count, 0] for c in range(len(names))]
-    labels = torch.arange(len(names)).repeat_interleave(count)
+    labels = episode_labels(len(names), count)
     shown = ImageSet(image_set.name, image_set.images[torch.cat(rows)], labels, names)
     torch.manual_seed(0)
     size = checkpoint["image_shape"][0]

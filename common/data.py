@@ -177,7 +177,8 @@ def load_dataset(name, data_dir, image_size=32):
     arrays = stored = _read_npz(file) if file.exists() else None
     if has_folder and (stored is None or "folder_state" in stored):
         arrays, _ = read_folder(folder, image_size, file, stored)
-        if arrays["images"].nbytes > files.LARGE and file.exists():
+        fresh = arrays is not stored  # what was kept is mapped already
+        if fresh and arrays["images"].nbytes > files.LARGE and file.exists():
             mapped = _read_npz(file)
             written = mapped.get("folder_state") == arrays["folder_state"]
             arrays = mapped if written else arrays

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from common.files import atomic_file
+from common.prototypes import distance_logits, make_prototypes
 from common.tables import title_of, tutorials_accuracy
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; markers differ as well.
@@ -61,7 +62,7 @@ def find_fonts(figure):
 
     texts = figure.findobj(Text)
     missing = {c for text in texts for c in text.get_text() if not c.isspace()}
-    families, own = ["DejaVu Sans"], "DejaVu Sans"
+    families = [own := "DejaVu Sans"]
     fonts = [font for font in fontManager.ttflist if "Last Resort" not in font.name]  # boxes
     for font in sorted(fonts, key=lambda font: (font.name != own, font.name)):
         if missing and (found := missing & set(map(chr, get_font(font.fname).get_charmap()))):
@@ -154,11 +155,11 @@ def plot_features(image_set, features, k_shot, path):
     with new_figure(path, (6.5 * len(features), 5.5)) as figure:
         axes = figure.subplots(1, len(features))
         for axis, (title, vectors) in zip(axes, features.items()):
-            prototypes = vectors.unflatten(0, (len(names), -1))[:, :k_shot].mean(dim=1)  # [C, D]
+            prototypes = make_prototypes(vectors[~is_query], len(names))  # [C, D]
             both = torch.cat([vectors, prototypes])
             both = both - both.mean(dim=0)
             plane = both @ torch.linalg.svd(both, full_matrices=False).Vh[:2].T  # [N + C, 2]
-            nearest = torch.cdist(vectors, prototypes).argmin(dim=1)
+            nearest = distance_logits(vectors, prototypes).argmax(dim=1)
             for c, (name, star) in enumerate(zip(names, plane[len(labels) :].tolist())):
                 color, marker = FEATURE_COLORS[c % 5], "os^Dv"[c // 5 % 5]
                 axis.scatter(*plane[: len(labels)][labels == c].T, s=14, c=color, marker=marker)

@@ -36,9 +36,8 @@ def variant(settings):
 
 def network(row):
     """Return what a row's name says of the encoder: ", conv4", or nothing."""
-    known = row["model"].startswith(("pixels", "torchvision:", "timm:"))
-    name = row.get("encoder", "densenet")
-    return "" if known or name == "densenet" else f", {name}"
+    name = row.get("encoder") or "densenet"  # the pixels have none
+    return "" if name == "densenet" or is_pretrained(row["model"]) else f", {name}"
 
 
 def tutorials_accuracy(row, printed=False):
