@@ -70,10 +70,11 @@ class Config:
     stem_stride: int = 2  # of the first convolution; 1: finer feature maps for 4 times the work
     principal_features: bool = False  # keep principal directions in place of the last layer
     # optimizer
+    optimizer: str = "adamw"  # or muon: convolutions by Muon at 6 times lr, the rest by AdamW
     epochs: int = 30  # passes over the training images
     batch_size: int = 128  # images per step
-    lr: float = 3e-3  # highest learning rate of AdamW, in one cycle over all epochs
-    weight_decay: float = 0.05  # of AdamW
+    lr: float = 3e-3  # highest learning rate, in one cycle over all epochs
+    weight_decay: float = 0.05  # of every step, times the learning rate
     steps_per_epoch: int = 0  # steps per epoch at most; 0: as many as the images give
     # run
     seed: int = 42  # of weights, batches and augmentation; validation episodes are always the same
@@ -93,7 +94,7 @@ class Config:
         require(self, "0 <= label_smoothing <= 1", "0 <= distillation_weight <= 1")
         require(self, "0 < min_crop_area <= 1", "0 <= color_jitter <= 1")
         require(self, "resume.lower() in ('false', 'true', 'auto')")
-        require(self, "precision in ('float32', 'bfloat16')")
+        require(self, "precision in ('float32', 'bfloat16')", "optimizer in ('adamw', 'muon')")
 
 
 # For CIFAR-100; docs/experiments.md has the numbers behind them.
@@ -133,7 +134,8 @@ def train_step(cfg, encoder, class_prototypes, teacher, optimizer, images, label
     loss, acc = loss.detach(), accuracy(logits, labels)
     if process_count() > 1:
         # Each process normalises by the statistics of its share of the batch (docs/scaling.md).
-        gradients = [parameter.grad for parameter in optimizer.param_groups[0]["params"]]
+        groups = optimizer.param_groups
+        gradients = [parameter.grad for group in groups for parameter in group["params"]]
         statistics = [buffer for buffer in encoder.buffers() if buffer.is_floating_point()]
         all_reduce(means=[*gradients, loss, acc, *statistics])
     optimizer.step()
@@ -161,7 +163,7 @@ def main(cfg):
     torch.nn.init.normal_(class_prototypes.weight, std=0.1)
     class_prototypes.to(device)
     parameters = [*encoder.parameters(), *class_prototypes.parameters()]
-    optimizer = make_optimizer(parameters, cfg.lr, cfg.weight_decay, device)
+    optimizer = make_optimizer(parameters, cfg.lr, cfg.weight_decay, device, cfg.optimizer)
     run = TrainingRun(cfg, MODEL, encoder, optimizer, generator, data, class_prototypes)
 
     size = min(cfg.batch_size, len(data.train.labels) // process_count() * process_count())

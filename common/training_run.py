@@ -184,7 +184,7 @@ class TrainingRun:
             own = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({**last["optimizer"], "param_groups": own})
             for weight, state in self.optimizer.state.items():  # stored otherwise on mps
-                for name in ("exp_avg", "exp_avg_sq"):
+                for name in state.keys() - {"step"}:
                     state[name] = torch.empty_like(weight).copy_(state[name])
             self.generator.set_state(last["generator"])
             torch.set_rng_state(last["torch_rng"])

@@ -98,3 +98,21 @@ def test_the_comparison_with_the_tutorial_has_intervals(tmp_path, monkeypatch, c
     assert cells["ProtoNet, here"][0] == "45.30 ± 0.30"
     assert cells["difference"][0] == "+1.00 ± 0.51"  # sqrt(0.41 ** 2 + 0.30 ** 2)
     assert {path.name for path in tmp_path.glob("*.png")} == {"curves.png", "compared_cifar100.png"}
+
+
+def test_a_speedrun_prints_the_time_and_the_mean_over_seeds(glyph_dir, tmp_path, capsys):
+    speedrun = importlib.import_module("benchmarks.speedrun")
+    small = "--encoder=conv4 --width=4 --epochs=2 --steps_per_epoch=1 --n_way=2 --k_shot=1"
+    options = {"command": f"train_classifier.py {small} --n_query=1", "seeds": (3, 4)}
+    folders = {"data_dir": str(glyph_dir), "keep": str(tmp_path)}
+    speedrun.main(speedrun.Config(dataset="glyphs", k_shots=(2, 4), **options, **folders))
+    *_, row = capsys.readouterr().out.strip().splitlines()
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[0] == f"`{options['command']}`" and all(c.endswith(" s") for c in cells[1:3])
+    for k, cell in zip((2, 4), cells[3:], strict=True):
+        found = []
+        for seed in options["seeds"]:
+            rows = json.loads((tmp_path / str(seed) / "results/accuracy.json").read_text())
+            found += [r["accuracy"] for r in rows if (r["model"], r["k_shot"]) == ("classifier", k)]
+        mean, half = sum(found) * 50, abs(found[0] - found[1]) * 100 / 2**0.5
+        assert cell == f"{mean:.2f} ± {half:.2f}" and len(found) == 2

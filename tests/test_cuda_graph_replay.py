@@ -16,6 +16,7 @@ from common import kshot
 from common.augment import Views
 from common.cuda_graph import WARM_UP, CudaGraphStep
 from common.inner_loop import InnerLoop
+from common.optimizer import make_optimizer
 from common.prototypes import episode_labels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -94,9 +95,12 @@ def streams(monkeypatch):
     monkeypatch.setattr(Tape, "replays", 0)
 
 
-def optimizer_as_on_cuda(parameters, lr, weight_decay, device):
+def optimizer_as_on_cuda(parameters, lr, *more):
     """As make_optimizer on CUDA: the learning rate is a tensor, which a graph reads anew."""
-    return torch.optim.AdamW(parameters, torch.tensor(lr), weight_decay=weight_decay, fused=True)
+    optimizer = make_optimizer(parameters, lr, *more)
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(lr)
+    return optimizer
 
 
 @pytest.mark.parametrize(
@@ -104,6 +108,7 @@ def optimizer_as_on_cuda(parameters, lr, weight_decay, device):
     [
         ("classifier", [], 8),
         ("classifier", ["--teacher={start}"], 8),  # the path of a trained classifier
+        ("classifier", ["--optimizer=muon"], 8),
         ("protonet", [], 8),
         ("protonet", ["--encoder=resnet12", "--width=4"], 8),
         ("protomaml", ["--encoder=conv4", "--width=4"], 8),
