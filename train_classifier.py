@@ -5,6 +5,7 @@ weight, and an image is classified by its distances to them; new classes are the
 nearest prototype, as by a ProtoNet (Chen et al. 2019, "A Closer Look at Few-shot Classification";
 Tian et al. 2020, "Rethinking Few-Shot Image Classification", for the teacher).
 
+    python train_classifier.py --recipe=fast        CIFAR-100: a minute, see docs/speedrun.md
     python train_classifier.py --recipe=teacher     CIFAR-100: the teacher, from the labels alone
     python train_classifier.py --recipe=best        then: learn from the teacher as well
     python train_classifier.py --recipe=fine        feature maps of twice the height and width
@@ -46,7 +47,7 @@ MODEL = "classifier"  # names the files, and the rows of a test
 @dataclass
 class Config:
     # recipe
-    recipe: str = "plain"  # plain (the values below), teacher, best or fine; options override it
+    recipe: str = "plain"  # plain (below), fast, teacher, best or fine; options override it
     # data
     dataset: str = "cifar100"  # cifar100, glyphs, or a file or folder of yours in data_dir
     data_dir: str = os.environ.get("PATH_DATASETS", "data")  # folder of the data sets
@@ -73,6 +74,7 @@ class Config:
     optimizer: str = "adamw"  # or muon: convolutions by Muon at 6 times lr, the rest by AdamW
     epochs: int = 30  # passes over the training images
     batch_size: int = 128  # images per step
+    first_size: int = 0  # side in pixels of the images in the first half of the epochs; 0: full
     lr: float = 3e-3  # highest learning rate, in one cycle over all epochs
     weight_decay: float = 0.05  # of every step, times the learning rate
     steps_per_epoch: int = 0  # steps per epoch at most; 0: as many as the images give
@@ -93,6 +95,9 @@ class Config:
         require(self, "weight_decay >= 0", "steps_per_epoch >= 0", "seed >= 0", "temperature > 0")
         require(self, "0 <= label_smoothing <= 1", "0 <= distillation_weight <= 1")
         require(self, "0 < min_crop_area <= 1", "0 <= color_jitter <= 1")
+        # The features of other encoders may have a length that depends on the image size.
+        scalable = "encoder in ('densenet', 'resnet12')"
+        require(self, f"first_size == 0 or first_size >= 16 and {scalable}")
         require(self, "resume.lower() in ('false', 'true', 'auto')")
         require(self, "precision in ('float32', 'bfloat16')", "optimizer in ('adamw', 'muon')")
 
@@ -100,6 +105,21 @@ class Config:
 # For CIFAR-100; docs/experiments.md has the numbers behind them.
 RECIPES = {
     "plain": {},
+    # The accuracy of the tutorial's ProtoNet in a minute: docs/speedrun.md has what was tried.
+    "fast": {
+        "optimizer": "muon",
+        "epochs": 3,
+        "first_size": 16,
+        "batch_size": 256,
+        "lr": 0.015,
+        "weight_decay": 0.1,
+        "label_smoothing": 0.2,
+        "min_crop_area": 1.0,
+        "color_jitter": 0.0,
+        "principal_features": True,
+        "precision": "bfloat16",
+        "checkpoint_dir": "checkpoints/fast",
+    },
     "teacher": {"checkpoint_dir": "checkpoints/teacher"},
     "best": {
         "epochs": 40,
@@ -168,11 +188,13 @@ def main(cfg):
 
     size = min(cfg.batch_size, len(data.train.labels) // process_count() * process_count())
     step = partial(train_step, cfg, encoder, class_prototypes, teacher, optimizer)
-    step = CudaGraphStep(step, device, cfg.cuda_graphs)
+    sizes = {0, cfg.first_size}  # 0: full
+    steps = {side: CudaGraphStep(step, device, cfg.cuda_graphs) for side in sizes}
     for epoch in run.epochs():
         order = torch.randperm(len(data.train.labels), generator=generator)
         indices = order[: len(order) // size * size].view(-1, size)  # [steps, B]
-        augmentation = generator, cfg.min_crop_area, cfg.color_jitter, my_slice()
+        side = cfg.first_size if epoch + 1 <= cfg.epochs / 2 else 0
+        augmentation = generator, cfg.min_crop_area, cfg.color_jitter, my_slice(), side
         batches = AugmentedBatches(data, indices, *augmentation)
         labels = data.train.labels[indices[:, my_slice()].to(device)]  # [steps, B]
 
@@ -180,7 +202,7 @@ def main(cfg):
         for number, images in enumerate(run.progress(batches)):  # [B, 3, H, W]
             progress = (epoch + number / run.num_steps) / cfg.epochs  # share of the run
             set_learning_rate(optimizer, one_cycle(cfg.lr, progress))
-            run.track(*step(images, labels[number]))
+            run.track(*steps[side](images, labels[number]))
 
         # Validation by nearest prototype, on episodes of other classes.
         validated = encoder.eval()

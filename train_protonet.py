@@ -35,7 +35,7 @@ from common.cuda_graph import CudaGraphStep
 from common.data import load_training_data
 from common.device import pick_device
 from common.encoders import encode_in_batches
-from common.optimizer import make_optimizer, set_learning_rate, step_decay
+from common.optimizer import make_optimizer, one_cycle, set_learning_rate, step_decay
 from common.prototypes import accuracy, distance_logits, episode_labels, make_prototypes, mean_loss
 from common.samplers import FewShotBatchSampler, validation_episodes
 from common.training_run import TrainingRun
@@ -63,10 +63,12 @@ class Config:
     proto_dim: int = 0  # length of a feature vector; 0: the encoder's own, 64 with densenet
     init_from: str = ""  # checkpoint whose encoder to start from, feature length included
     # optimizer
+    optimizer: str = "adamw"  # or muon: convolutions by Muon at 6 times lr, the rest by AdamW
     epochs: int = 200  # passes over the training images
-    lr: float = 2e-4  # learning rate of AdamW
+    lr: float = 2e-4  # learning rate, the highest one of a cycle
+    schedule: str = "drops"  # of lr: drops, or cycle: up in the first fifth, then down to 0
     lr_drops: tuple[float, ...] = (0.7, 0.9)  # shares of the epochs after which lr is divided by 10
-    weight_decay: float = 0.01  # of AdamW
+    weight_decay: float = 0.01  # of every step, times the learning rate
     steps_per_epoch: int = 0  # steps per epoch at most; 0: as many as the images give
     # run
     seed: int = 42  # of weights, episodes and augmentation; validation episodes are always the same
@@ -86,6 +88,7 @@ class Config:
         require(self, "all(0 < share <= 1 for share in lr_drops)")
         require(self, "precision in ('float32', 'bfloat16')", "weight_decay >= 0", "seed >= 0")
         require(self, "resume.lower() in ('false', 'true', 'auto')")
+        require(self, "optimizer in ('adamw', 'muon')", "schedule in ('drops', 'cycle')")
 
 
 RECIPES = {
@@ -145,19 +148,25 @@ def main(cfg):
     val_episodes = validation_episodes(data.val, val_way, cfg.k_shot, cfg.n_query).to(device)
 
     encoder = starting_encoder(cfg, data).to(device)
-    optimizer = make_optimizer(encoder.parameters(), cfg.lr, cfg.weight_decay, device)
+    learned = encoder.parameters()
+    optimizer = make_optimizer(learned, cfg.lr, cfg.weight_decay, device, cfg.optimizer)
     run = TrainingRun(cfg, MODEL, encoder, optimizer, sampler.generator, data)
 
     step = CudaGraphStep(partial(train_step, cfg, encoder, optimizer), device, cfg.cuda_graphs)
     for epoch in run.epochs():
         lr = step_decay(cfg.lr, epoch, cfg.epochs, cfg.lr_drops)
+        if cfg.schedule == "cycle":  # it changes with every step
+            lr = one_cycle(cfg.lr, epoch / cfg.epochs)
         set_learning_rate(optimizer, lr)
         # Episodes and augmentation are drawn for the whole epoch, on the CPU, from one generator.
         episodes = sampler.episodes()  # [steps, N*(K+Q)]
         batches = AugmentedBatches(data, episodes, sampler.generator)
 
         encoder.train()
-        for images in run.progress(batches):  # [N*(K+Q), 3, H, W]
+        for number, images in enumerate(run.progress(batches)):  # [N*(K+Q), 3, H, W]
+            if cfg.schedule == "cycle":
+                progress = (epoch + number / run.num_steps) / cfg.epochs
+                set_learning_rate(optimizer, one_cycle(cfg.lr, progress))
             run.track(*step(images))
 
         # Validation: other classes, always the same episodes; every image is encoded once.

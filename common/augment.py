@@ -22,13 +22,20 @@ class AugmentedBatches:
     TrainingData. indices: of training images, int64 [steps, B] or [steps, T, M]: T tasks of M
     images. min_crop_area: area of the smallest crop, as a share of the image. color_jitter: see
     `draw_jitter`. mine: the slice of the images or tasks that this process computes; all processes
-    draw the same numbers, those of an epoch at once.
+    draw the same numbers, those of an epoch at once. size: side of what is yielded; 0: as it is.
     """
 
     def __init__(
-        self, data, indices, generator, min_crop_area=0.8, color_jitter=0.0, mine=slice(None)
+        self,
+        data,
+        indices,
+        generator,
+        min_crop_area=0.8,
+        color_jitter=0.0,
+        mine=slice(None),
+        size=0,
     ):
-        self.data, self.images, count = data, data.train.images, indices.numel()
+        self.data, self.images, count, self.size = data, data.train.images, indices.numel(), size
         boxes, flips = draw_augmentation(count, *self.images.shape[2:], generator, min_crop_area)
         # Drawn even where it is not used: the episodes of a seed do not depend on this option.
         factors = draw_jitter(count, color_jitter, generator)
@@ -49,7 +56,8 @@ class AugmentedBatches:
         at_once = 1 if self.images.device.type == "cpu" else max(1, 2**22 // pixels)
         for chunk in zip(*(numbers.split(at_once) for numbers in self.drawn)):
             indices, *views = (numbers.flatten(0, 1) for numbers in chunk)
-            yield from self.data.normalize(augment(self.images[indices], *views)).split(size)
+            images = augment(self.images[indices], *views, size=self.size)
+            yield from self.data.normalize(images).split(size)
 
 
 class Views:
@@ -113,17 +121,18 @@ def draw_augmentation(count, height, width, generator, min_crop_area=0.8):
     return torch.stack([top, left, crop_height, crop_width], dim=1), flips
 
 
-def augment(images, boxes, flips, factors=None):
-    """Flip images horizontally, crop, resize to full size, change the colours.
+def augment(images, boxes, flips, factors=None, size=0):
+    """Flip images horizontally, crop, resize to full size or `size`, change the colours.
 
-    images [B, 3, H, W] in 0..255, boxes int64 [B, 4], flips bool [B], factors [B, 3] or None -> the
-    same in floating point. The interpolation is bilinear and, as in torchvision, sees nothing
-    outside the crop.
+    images [B, 3, H, W] in 0..255, boxes int64 [B, 4], flips bool [B], factors [B, 3] or None ->
+    [B, 3, H, W] or [B, 3, size, size] in floating point. The interpolation is bilinear and, as in
+    torchvision, sees nothing outside the crop.
     """
     images = images if images.is_floating_point() else images.float()
     height, width = images.shape[2:]
-    rows = _interpolation(boxes[:, 0], boxes[:, 2], height).to(images.dtype)  # [B, H, H]
-    columns = _interpolation(boxes[:, 1], boxes[:, 3], width).to(images.dtype)  # [B, W, W]
+    rows = _interpolation(boxes[:, 0], boxes[:, 2], height, size or height)  # [B, size, H]
+    columns = _interpolation(boxes[:, 1], boxes[:, 3], width, size or width)  # [B, size, W]
+    rows, columns = rows.to(images.dtype), columns.to(images.dtype)
     # The crop is taken from the flipped image, whose column w is column W-1-w of the original.
     columns = torch.where(flips[:, None, None], columns.flip(2), columns)
     # Bilinear interpolation is linear in each direction: two matrix products for the whole batch.
@@ -156,11 +165,12 @@ def _grey(images):
     return (0.2989 * red + 0.587 * green + 0.114 * blue)[:, None]  # Rec. 601, as in torchvision
 
 
-def _interpolation(start, length, size):
-    """Return [B, size, size]: row i holds the weights of all input pixels in output pixel i."""
+def _interpolation(start, length, size, new_size):
+    """Return [B, new_size, size]: row i holds the weights of all input pixels in output pixel i."""
     pixels = torch.arange(size, device=start.device, dtype=torch.float32)
+    places = torch.arange(new_size, device=start.device, dtype=torch.float32)
     start, length = start[:, None].float(), length[:, None].float()
     # The centre of each output pixel, in input pixels.
-    source = start + (pixels + 0.5) * length / size - 0.5
+    source = start + (places + 0.5) * length / new_size - 0.5
     source = torch.minimum(torch.maximum(source, start), start + length - 1)
     return (1 - (source[:, :, None] - pixels).abs()).clamp(min=0)

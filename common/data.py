@@ -26,7 +26,7 @@ from common.parallel import on_first
 from common.splits import class_split, split_of
 from common.tutorial import CIFAR100_MEAN, CIFAR100_STD
 
-SMALLEST_IMAGE = 29  # pixels: the encoder halves its input five times and needs one at the end
+SMALLEST_IMAGE = 16  # pixels: Conv-4 and ResNet-12 halve their input four times
 ARRAYS = ("images", "labels", "class_names", "split", "folder_state")  # the last two: if any
 FORMAT = (
     f"images uint8 [N, H, W, 3] of {SMALLEST_IMAGE}x{SMALLEST_IMAGE} pixels or more, labels int64 "
@@ -166,8 +166,8 @@ def load_dataset(name, data_dir, image_size=32):
     # A name that is a path, or longer than a file's name may be, never reaches the file system.
     require_file_name(name, "a data set in --data_dir=FOLDER")
     if image_size < SMALLEST_IMAGE:
-        found = f"image_size is {image_size}, but the encoder needs at least {SMALLEST_IMAGE}"
-        raise UserError(f"{found}; pass --image_size=32 or more")
+        found = f"image_size is {image_size}, but the encoders need at least {SMALLEST_IMAGE}"
+        raise UserError(f"{found}; pass --image_size=32, say")
     file, folder, made = Path(data_dir, f"{name}.npz"), Path(data_dir, name), SOURCES.get(name)
     if made and any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.rglob("*")):
         found = f"{name} is a built-in data set, and the images in {folder} are not it"

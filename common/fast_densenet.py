@@ -28,7 +28,9 @@ def pooled_maps(net, images):
             x = torch.cat([x, new], 1)  # dense: every layer sees the output of all before it
         if number < blocks:
             transition = getattr(net, f"transition{number}")
-            x = transition.pool(batch_norm(transition.norm, x).relu_())
+            x = batch_norm(transition.norm, x).relu_()
+            if min(x.shape[2:]) > 1:  # small images: one pixel cannot be halved
+                x = transition.pool(x)
             x = conv1x1(x, transition.conv.weight)
     return batch_norm(net.norm5, x).relu_().mean(dim=(2, 3))
 

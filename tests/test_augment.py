@@ -22,11 +22,11 @@ def drawn(count, height=32, width=32, seed=0, **options):
     return draw_augmentation(count, height, width, torch.Generator().manual_seed(seed), **options)
 
 
-def one_by_one_with_torchvision(images, boxes, flips):
-    results = []
+def one_by_one_with_torchvision(images, boxes, flips, size=None):
+    size, antialias, results = size or images.shape[2:], size is None, []
     for image, box, flip in zip(images.float(), boxes.tolist(), flips.tolist()):
         image = TF.hflip(image) if flip else image
-        results.append(TF.resized_crop(image, *box, images.shape[2:], antialias=True))
+        results.append(TF.resized_crop(image, *box, size, antialias=antialias))
     return torch.stack(results)
 
 
@@ -47,6 +47,14 @@ def test_every_box_and_both_flips_give_torchvisions_pixels():
     expected = one_by_one_with_torchvision(images, boxes, flips)
     torch.testing.assert_close(found, expected, rtol=0, atol=3e-3)
     assert torch.equal(found[0], images[0].float().flip(2))  # not even a rounding error
+
+
+@pytest.mark.parametrize("size", [16, 20, 40])
+def test_another_size_is_torchvisions_without_antialiasing(size):
+    images = torch.randint(256, (60, 3, 32, 40), dtype=torch.uint8)
+    numbers = drawn(60, 32, 40)
+    expected = one_by_one_with_torchvision(images, *numbers, size=(size, size))
+    torch.testing.assert_close(augment(images, *numbers, size=size), expected, rtol=0, atol=3e-3)
 
 
 @pytest.mark.parametrize("min_crop_area", [0.8, 0.3])

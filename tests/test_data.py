@@ -129,7 +129,7 @@ WRONG = {
     "float images": ("images", lambda a: a / 255),
     "grey images": ("images", lambda a: a[..., 0]),
     "channels first": ("images", lambda a: a.transpose(0, 3, 1, 2)),
-    "small images": ("images", lambda a: a[:, :, :28]),
+    "small images": ("images", lambda a: a[:, :, :15]),
     "a single number": ("images", lambda a: np.uint8(7)),
     "too many labels": ("labels", lambda a: np.append(a, 0)),
     "a negative label": ("labels", lambda a: np.append(a[1:], -1)),
@@ -320,8 +320,8 @@ def test_a_file_comes_before_a_folder_and_keeps_its_size(tmp_path, quick_digits,
     for name, found in (("mine", "48x48"), ("wide", "64x48"), ("glyph_digits", "32x32")):
         with pytest.raises(UserError, match=f"images are {found} in .*{name}.npz, not 64x64"):
             load_dataset(name, tmp_path, 64)
-    with pytest.raises(UserError, match="image_size is 28, but the encoder needs at least 29"):
-        load_dataset("mine", tmp_path, 28)
+    with pytest.raises(UserError, match="image_size is 15, but the encoders need at least 16"):
+        load_dataset("mine", tmp_path, 15)
 
 
 @pytest.mark.parametrize("below", ["", "train"])

@@ -229,7 +229,7 @@ OPTIONS = """
     n_query=1 tasks_per_step=2 val_way=3 val_episodes=1 proto_dim=4 stem_stride=1
     principal_features=true output_init=zeros num_inner_steps=2 lr_inner=0.2 lr_output=0.2 epochs=1
     batch_size=12 lr=5e-3 lr_drops=0.4 weight_decay=0.5 steps_per_epoch=1 seed=1 precision=bfloat16
-    encoder=conv4 optimizer=muon
+    encoder=conv4 optimizer=muon first_size=16 schedule=cycle
 """
 OPTIONS = dict(option.split("=") for option in OPTIONS.split())
 # Where a run gets its data, where it computes and where its files go; and what has other tests: a
