@@ -182,6 +182,20 @@ def test_an_epoch_of_the_classifier_takes_every_image_at_most_once(
     train("classifier", glyph_dir, tmp_path, f"--batch_size={batch_size}")
 
 
+def test_the_first_half_of_the_epochs_has_smaller_images(glyph_dir, tmp_path, monkeypatch):
+    sizes, forward = [], Encoder.forward
+
+    def watched(encoder, images):
+        if encoder.training:
+            sizes.append(tuple(images.shape[2:]))
+        return forward(encoder, images)
+
+    monkeypatch.setattr(Encoder, "forward", watched)
+    more = ["--epochs=5", "--steps_per_epoch=2", "--first_size=16"]
+    train("classifier", glyph_dir, tmp_path, *more)
+    assert sizes == [(16, 16)] * 4 + [(32, 32)] * 6
+
+
 # Validation
 
 
@@ -288,11 +302,13 @@ def test_the_learning_rate_drops_tenfold_after_7_and_after_9_of_10_epochs(
     assert recorded == rates
 
 
-def test_the_classifiers_learning_rate_makes_one_cycle_over_all_steps(
-    glyph_dir, tmp_path, monkeypatch
+@pytest.mark.parametrize("model, schedule", [("classifier", []), ("protonet", ["cycle"])])
+def test_the_learning_rate_makes_one_cycle_over_all_steps(
+    model, schedule, glyph_dir, tmp_path, monkeypatch
 ):
     more = ["--epochs=4", "--steps_per_epoch=5", "--lr=1e-3"]
-    rates, recorded = rates_of("classifier", glyph_dir, tmp_path, monkeypatch, *more)
+    more += [f"--schedule={name}" for name in schedule]
+    rates, recorded = rates_of(model, glyph_dir, tmp_path, monkeypatch, *more)
     assert len(rates) == 20
     assert rates[:5] == sorted(rates[:5]) and rates[4] == pytest.approx(1e-3)
     assert rates[4:] == sorted(rates[4:], reverse=True) and 0 < rates[-1] < 2e-5
