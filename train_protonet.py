@@ -7,6 +7,7 @@ classes then need no training: their prototypes are enough.
 
     python train_protonet.py --recipe=first         a first look, in a minute
     python train_protonet.py                        the tutorial's recipe on CIFAR-100
+    python train_protonet.py --recipe=fast          CIFAR-100 in four minutes, see docs/speedrun.md
     python train_protonet.py --recipe=best          from the classifier, 20-way 1-shot episodes
     python train_protonet.py --init_from=FILE       start from a trained encoder of this project
     python train_protonet.py --dataset=glyphs --epochs=8 --lr=1e-3     the built-in data set
@@ -46,7 +47,7 @@ MODEL = "protonet"  # names the files, and the rows of a test
 @dataclass
 class Config:
     # recipe
-    recipe: str = "tutorial"  # tutorial (the values below), first or best; options override it
+    recipe: str = "tutorial"  # tutorial (below), first, fast or best; options override it
     # data
     dataset: str = "cifar100"  # cifar100, glyphs, or a file or folder of yours in data_dir
     data_dir: str = os.environ.get("PATH_DATASETS", "data")  # folder of the data sets
@@ -103,6 +104,20 @@ RECIPES = {
         "checkpoint_dir": "checkpoints/first",
         "overwrite": True,
         "test": "quick",
+    },
+    # From nothing in four minutes; docs/speedrun.md has what was tried.
+    "fast": {
+        "n_way": 20,
+        "k_shot": 5,
+        "n_query": 5,
+        "val_way": 10,
+        "optimizer": "muon",
+        "epochs": 11,
+        "lr": 4e-3,
+        "schedule": "cycle",
+        "weight_decay": 0.1,
+        "precision": "bfloat16",
+        "checkpoint_dir": "checkpoints/fast",
     },
     # From the trained classifier, for CIFAR-100; docs/experiments.md has the numbers behind it.
     "best": {
