@@ -36,7 +36,9 @@ class Muon(torch.optim.AdamW):
         self.param_groups = whole
         group, batches = whole[1], {}
         for weight in group["params"]:
-            momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+            if not (state := self.state[weight]):  # under AdamW's names, which load it, too
+                state.update(step=weight.new_zeros(()), exp_avg=torch.zeros_like(weight))
+            momentum = state["exp_avg"]
             momentum.lerp_(weight.grad, 1 - MUON_MOMENTUM)
             matrix = weight.grad.lerp(momentum, MUON_MOMENTUM).flatten(1)  # Nesterov's
             wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T

@@ -315,6 +315,17 @@ def test_the_learning_rate_makes_one_cycle_over_all_steps(
     assert recorded == rates[::5]
 
 
+def test_a_run_with_muon_is_resumed_to_the_same_bits(glyph_dir, tmp_path):
+    more = ["--optimizer=muon", "--steps_per_epoch=3"]
+    whole = last_of(train("protonet", glyph_dir, tmp_path / "whole", *more, "--epochs=2"))
+    train("protonet", glyph_dir, tmp_path / "parts", *more, "--epochs=1")
+    more += ["--epochs=2", "--resume=true"]
+    parts = last_of(train("protonet", glyph_dir, tmp_path / "parts", *more))
+    assert parts["history"] == whole["history"]
+    for name, tensor in whole["state_dict"].items():
+        assert torch.equal(parts["state_dict"][name], tensor), name
+
+
 # Starting from a checkpoint
 
 
