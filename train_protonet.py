@@ -7,7 +7,7 @@ classes then need no training: their prototypes are enough.
 
     python train_protonet.py --recipe=first         a first look, in a minute
     python train_protonet.py                        the tutorial's recipe on CIFAR-100
-    python train_protonet.py --recipe=fast          CIFAR-100 in four minutes, see docs/speedrun.md
+    python train_protonet.py --recipe=fast          CIFAR-100 in five minutes, see docs/speedrun.md
     python train_protonet.py --recipe=best          from the classifier, 20-way 1-shot episodes
     python train_protonet.py --init_from=FILE       start from a trained encoder of this project
     python train_protonet.py --dataset=glyphs --epochs=8 --lr=1e-3     the built-in data set
@@ -105,7 +105,7 @@ RECIPES = {
         "overwrite": True,
         "test": "quick",
     },
-    # From nothing in four minutes; docs/speedrun.md has what was tried.
+    # From nothing in five minutes; docs/speedrun.md has what was tried.
     "fast": {
         "n_way": 20,
         "k_shot": 5,
