@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's root
 
 from common import ROOT, UserError
-from common.checkpoint import load_checkpoint
+from common.checkpoint import find_checkpoints, load_checkpoint
 from common.config import require, run_script
 
 
@@ -59,8 +59,9 @@ def run(cfg, seed, folder):
     folder = os.path.abspath(folder)
     where = [f"--seed={seed}", f"--checkpoint_dir={folder}"]
     taken, processor = timed([*shlex.split(cfg.command), *data, *where])
-    model = next(p for p in Path(folder, cfg.dataset).glob("*.pt") if "_last" not in p.name)
-    checkpoint = load_checkpoint(str(model))
+    trained = find_checkpoints(cfg.dataset, [os.path.join(folder, cfg.dataset)])
+    model = max(trained, key=os.path.getmtime)  # `keep` may hold another command's, too
+    checkpoint = load_checkpoint(model)
     if checkpoint["epoch"] < checkpoint["config"]["epochs"]:
         print(f"seed {seed}: the best epoch, {checkpoint['epoch']}, is not the last", flush=True)
     shots = ",".join(map(str, cfg.k_shots))
