@@ -37,7 +37,14 @@ from common.data import load_training_data
 from common.device import pick_device
 from common.encoders import encode_in_batches
 from common.optimizer import make_optimizer, one_cycle, set_learning_rate, step_decay
-from common.prototypes import accuracy, distance_logits, episode_labels, make_prototypes, mean_loss
+from common.prototypes import (
+    accuracy,
+    distance_logits,
+    episode_labels,
+    leave_one_out,
+    make_prototypes,
+    mean_loss,
+)
 from common.samplers import FewShotBatchSampler, validation_episodes
 from common.training_run import TrainingRun
 
@@ -58,6 +65,9 @@ class Config:
     k_shot: int = 4  # support images per class
     n_query: int = 4  # query images per class
     val_way: int = 0  # classes per validation episode, at most all; 0: as n_way
+    # loss
+    leave_one_out: bool = False  # every image is a query in turn, the others are its support
+    label_smoothing: float = 0.0  # share of the target probability spread over all classes
     # model
     encoder: str = "densenet"  # conv4, resnet12, torchvision:NAME, timm:NAME or FILE.py:CLASS
     width: int = 0  # channels of the first block of conv4 and resnet12; 0: 64
@@ -66,6 +76,7 @@ class Config:
     # optimizer
     optimizer: str = "adamw"  # or muon: convolutions by Muon at 6 times lr, the rest by AdamW
     epochs: int = 200  # passes over the training images
+    first_size: int = 0  # side in pixels of the images in the first half of the epochs; 0: full
     lr: float = 2e-4  # learning rate, the highest one of a cycle
     schedule: str = "drops"  # of lr: drops, or cycle: up in the first fifth, then down to 0
     lr_drops: tuple[float, ...] = (0.7, 0.9)  # shares of the epochs after which lr is divided by 10
@@ -90,6 +101,9 @@ class Config:
         require(self, "precision in ('float32', 'bfloat16')", "weight_decay >= 0", "seed >= 0")
         require(self, "resume.lower() in ('false', 'true', 'auto')")
         require(self, "optimizer in ('adamw', 'muon')", "schedule in ('drops', 'cycle')")
+        require(self, "0 <= label_smoothing <= 1")
+        scalable = "encoder in ('densenet', 'resnet12')"  # others' features may depend on the size
+        require(self, f"first_size == 0 or first_size >= 16 and {scalable}")
 
 
 RECIPES = {
@@ -144,7 +158,10 @@ def train_step(cfg, encoder, optimizer, images):
     prototypes = make_prototypes(support, cfg.n_way)  # [N, D], the mean feature of each class
     logits = distance_logits(query, prototypes)  # [N*Q, N], minus the squared distances
     labels = episode_labels(cfg.n_way, cfg.n_query, images.device)  # [N*Q]
-    loss = F.cross_entropy(logits, labels)
+    if cfg.leave_one_out:
+        sets = [each.unflatten(0, (cfg.n_way, -1)) for each in (support, query)]
+        logits, labels = leave_one_out(torch.cat(sets, dim=1))  # [N*(K+Q), N]
+    loss = F.cross_entropy(logits, labels, label_smoothing=cfg.label_smoothing)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -167,7 +184,9 @@ def main(cfg):
     optimizer = make_optimizer(learned, cfg.lr, cfg.weight_decay, device, cfg.optimizer)
     run = TrainingRun(cfg, MODEL, encoder, optimizer, sampler.generator, data)
 
-    step = CudaGraphStep(partial(train_step, cfg, encoder, optimizer), device, cfg.cuda_graphs)
+    step = partial(train_step, cfg, encoder, optimizer)
+    sizes = {0, cfg.first_size}  # 0: full
+    steps = {side: CudaGraphStep(step, device, cfg.cuda_graphs) for side in sizes}
     for epoch in run.epochs():
         lr = step_decay(cfg.lr, epoch, cfg.epochs, cfg.lr_drops)
         if cfg.schedule == "cycle":  # it changes with every step
@@ -175,14 +194,15 @@ def main(cfg):
         set_learning_rate(optimizer, lr)
         # Episodes and augmentation are drawn for the whole epoch, on the CPU, from one generator.
         episodes = sampler.episodes()  # [steps, N*(K+Q)]
-        batches = AugmentedBatches(data, episodes, sampler.generator)
+        side = cfg.first_size if epoch + 1 <= cfg.epochs / 2 else 0
+        batches = AugmentedBatches(data, episodes, sampler.generator, size=side)
 
         encoder.train()
         for number, images in enumerate(run.progress(batches)):  # [N*(K+Q), 3, H, W]
             if cfg.schedule == "cycle":
                 progress = (epoch + number / run.num_steps) / cfg.epochs
                 set_learning_rate(optimizer, one_cycle(cfg.lr, progress))
-            run.track(*step(images))
+            run.track(*steps[side](images))
 
         # Validation: other classes, always the same episodes; every image is encoded once.
         features = encode_in_batches(encoder.eval(), data.val.images, data.normalize)

@@ -47,6 +47,20 @@ def distance_logits(features, prototypes):
     return -(features[:, None] - prototypes[None]).square().sum(dim=2)
 
 
+def leave_one_out(features):
+    """Take every image of an episode as a query, and as support of all others.
+
+    features [N, M, D] of M images per class -> (logits [N*M, N], labels [N*M]), class by class. An
+    image does not count in the prototype of its own class: from the mean of the other M - 1 it is
+    M / (M - 1) times as far as from that of all M.
+    """
+    n_way, per_class, _ = features.shape
+    labels = episode_labels(n_way, per_class, features.device)
+    logits = distance_logits(features.flatten(0, 1), features.mean(dim=1))
+    farther = (per_class / (per_class - 1)) ** 2
+    return torch.where(F.one_hot(labels, n_way).bool(), farther * logits, logits), labels
+
+
 def prototype_head(prototypes):
     """Return weight [N, D] and bias [N] of the output layer equal to prototypes [N, D].
 

@@ -14,6 +14,7 @@ from common import UserError
 from common.prototypes import (
     distance_logits,
     episode_labels,
+    leave_one_out,
     make_prototypes,
     mean_loss,
     prototype_head,
@@ -86,7 +87,8 @@ def test_a_protonet_step_follows_the_gradient_of_a_loop_over_its_queries(n_way, 
     loss, share = episode_by_hand(features, n_way, k_shot)
     expected = features.detach() - torch.autograd.grad(loss, features)[0]
 
-    cfg = SimpleNamespace(n_way=n_way, k_shot=k_shot, n_query=n_query)
+    how = {"leave_one_out": False, "label_smoothing": 0.0}
+    cfg = SimpleNamespace(n_way=n_way, k_shot=k_shot, n_query=n_query, **how)
     features.grad = torch.ones_like(features)  # of an earlier step: it does not count
     optimizer = torch.optim.SGD([features], lr=1.0)
     found = train_protonet.train_step(cfg, torch.nn.Identity(), optimizer, features)
@@ -94,6 +96,30 @@ def test_a_protonet_step_follows_the_gradient_of_a_loop_over_its_queries(n_way, 
     assert found[0].item() == pytest.approx(loss.item(), rel=1e-12)
     assert found[1].item() == pytest.approx(share, abs=1e-6)
     assert not found[0].requires_grad and not found[1].requires_grad
+
+
+@pytest.mark.parametrize("n_way, k_shot, n_query", EPISODES)
+def test_leave_one_out_takes_every_image_as_a_query_of_all_others(n_way, k_shot, n_query):
+    drawn = overlapping_features(n_way, k_shot + n_query).split([k_shot, n_query])
+    support, query = (part.transpose(0, 1) for part in drawn)  # [N, K, D], [N, Q, D]
+    features = torch.cat([support, query], dim=1)
+    losses = []
+    for c in range(n_way):
+        for number, image in enumerate(features[c]):
+            prototypes = features.mean(dim=1)
+            prototypes[c] = torch.cat([features[c, :number], features[c, number + 1 :]]).mean(dim=0)
+            logits = distance_logits(image[None], prototypes)
+            losses.append(F.cross_entropy(logits, torch.tensor([c]), label_smoothing=0.2))
+
+    how = {"leave_one_out": True, "label_smoothing": 0.2}
+    cfg = SimpleNamespace(n_way=n_way, k_shot=k_shot, n_query=n_query, **how)
+    episode = torch.cat([support.flatten(0, 1), query.flatten(0, 1)]).requires_grad_()
+    optimizer = torch.optim.SGD([episode], lr=0.1)
+    loss, _ = train_protonet.train_step(cfg, torch.nn.Identity(), optimizer, episode)
+    assert loss.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-12)
+    logits, labels = leave_one_out(features)
+    assert logits.shape == (len(labels), n_way)
+    assert labels.tolist() == episode_labels(n_way, k_shot + n_query).tolist()
 
 
 @pytest.mark.parametrize("n_way, k_shot, n_query", EPISODES)

@@ -182,7 +182,8 @@ def test_an_epoch_of_the_classifier_takes_every_image_at_most_once(
     train("classifier", glyph_dir, tmp_path, f"--batch_size={batch_size}")
 
 
-def test_the_first_half_of_the_epochs_has_smaller_images(glyph_dir, tmp_path, monkeypatch):
+@pytest.mark.parametrize("model", ["classifier", "protonet"])
+def test_the_first_half_of_the_epochs_has_smaller_images(model, glyph_dir, tmp_path, monkeypatch):
     sizes, forward = [], Encoder.forward
 
     def watched(encoder, images):
@@ -192,7 +193,7 @@ def test_the_first_half_of_the_epochs_has_smaller_images(glyph_dir, tmp_path, mo
 
     monkeypatch.setattr(Encoder, "forward", watched)
     more = ["--epochs=5", "--steps_per_epoch=2", "--first_size=16"]
-    train("classifier", glyph_dir, tmp_path, *more)
+    train(model, glyph_dir, tmp_path, *more)
     assert sizes == [(16, 16)] * 4 + [(32, 32)] * 6
 
 
@@ -243,7 +244,7 @@ OPTIONS = """
     n_query=1 tasks_per_step=2 val_way=3 val_episodes=1 proto_dim=4 stem_stride=1
     principal_features=true output_init=zeros num_inner_steps=2 lr_inner=0.2 lr_output=0.2 epochs=1
     batch_size=12 lr=5e-3 lr_drops=0.4 weight_decay=0.5 steps_per_epoch=1 seed=1 precision=bfloat16
-    encoder=conv4 optimizer=muon first_size=16 schedule=cycle
+    encoder=conv4 optimizer=muon first_size=16 schedule=cycle leave_one_out=true
 """
 OPTIONS = dict(option.split("=") for option in OPTIONS.split())
 # Where a run gets its data, where it computes and where its files go; and what has other tests: a
