@@ -52,7 +52,7 @@ DEFAULT_DOMAINS = {"cifar100": ("svhn",), "glyphs": ("glyph_digits",)}
 @dataclass
 class Config:
     # recipe
-    recipe: str = "tutorial"  # or quick, glyphs, best, papers, reproduction, reproduction_maml
+    recipe: str = "tutorial"  # quick, glyphs, fast, best, papers, reproduction, reproduction_maml
     # data
     dataset: str = "cifar100"  # the models' training data set; its test classes are tested first
     domains: tuple[str, ...] = ("auto",)  # unseen data sets; auto: svhn or glyph_digits
@@ -101,6 +101,7 @@ RECIPES = {
     },
     # A few minutes on a CPU; made the tables in results/quick.
     "glyphs": {"num_inner_steps": 30, "max_support_sets": 4},
+    "fast": {"domains": ()},  # what the trainers' recipe fast has trained
     # Made the tables in results/best.
     "best": {"domains": ("mnist",), "finetune": ("protonet",)},
     "papers": {"num_episodes": 2000, "k_shots": (1, 5), "domains": ()},
@@ -124,12 +125,16 @@ ADAPTATION = {
         "own": tutorials_way(30, 30, 20, 10, 10),
         "unseen": tutorials_way(30, 30, 12, 6, 6),
     },
-    # Chosen on the validation classes and on glyph_digits; see docs/experiments.md.
+    # Chosen on the validation classes and on glyph_digits; see docs/speedrun.md, experiments.md.
+    "fast": {
+        "own": {
+            **dict.fromkeys((2, 4, 8), (10, 0.0001, 0.02, 0, 0.0001, 0)),
+            **dict.fromkeys((16, 32), (200, 0.05, 0.05, 0, 0.0001, 0)),
+        }
+    },
     "best": {
         "own": {
-            2: (10, 0.0001, 0.02, 0, 0.0001, 0),
-            4: (10, 0.0001, 0.02, 0, 0.0001, 0),
-            8: (10, 0.0001, 0.02, 0, 0.0001, 0),
+            **dict.fromkeys((2, 4, 8), (10, 0.0001, 0.02, 0, 0.0001, 0)),
             16: (10, 0.0001, 0.02, 40, 0.0001, 0),
             32: (200, 0.004, 0.004, 40, 0.0001, 0),
         },

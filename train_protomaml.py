@@ -8,6 +8,7 @@ from zeros.
     python train_protomaml.py                              the tutorial's recipe on CIFAR-100
     python train_protomaml.py --output_init=zeros          MAML
     python train_protomaml.py --recipe=best                from the classifier, BatchNorm frozen
+    python train_protomaml.py --recipe=fast                from the minute of train_classifier.py
     python train_protomaml.py --dataset=glyphs --epochs=1  the built-in data set
     python train_protomaml.py --resume=auto                start, or go on after a stop
     python evaluate.py                                     then: the k-shot test
@@ -45,7 +46,7 @@ from common.training_run import TrainingRun
 @dataclass
 class Config:
     # recipe
-    recipe: str = "tutorial"  # tutorial (the values below) or best; options override it
+    recipe: str = "tutorial"  # tutorial (below), fast or best; options override it
     # data
     dataset: str = "cifar100"  # cifar100, glyphs, or a file or folder of yours in data_dir
     data_dir: str = os.environ.get("PATH_DATASETS", "data")  # folder of the data sets
@@ -94,25 +95,32 @@ class Config:
         require(self, "batchnorm == 'batch' or init_from")  # frozen: those of a trained encoder
 
 
+FROM_CLASSIFIER = {
+    "batchnorm": "frozen",
+    "n_way": 10,
+    "k_shot": 8,
+    "n_query": 8,
+    "num_inner_steps": 5,
+    "lr_inner": 0.004,
+    "lr_output": 0.004,
+    "tasks_per_step": 4,
+    "lr": 2e-4,
+    "lr_drops": (0.5,),
+    "epochs": 2,
+    "steps_per_epoch": 60,
+    "val_episodes": 30,
+}
 RECIPES = {
     "tutorial": {},
-    # From the trained classifier, for CIFAR-100; docs/experiments.md has the numbers behind it.
-    "best": {
-        "init_from": "checkpoints/best/cifar100/classifier.pt",
-        "batchnorm": "frozen",
-        "n_way": 10,
-        "k_shot": 8,
-        "n_query": 8,
-        "num_inner_steps": 5,
-        "lr_inner": 0.004,
-        "lr_output": 0.004,
-        "tasks_per_step": 4,
-        "lr": 2e-4,
-        "lr_drops": (0.5,),
-        "epochs": 2,
-        "steps_per_epoch": 60,
-        "val_episodes": 30,
+    # From the classifier of its recipe fast; docs/speedrun.md has what was tried.
+    "fast": {
+        **FROM_CLASSIFIER,
+        "init_from": "checkpoints/fast/cifar100/classifier.pt",
+        "precision": "bfloat16",
+        "checkpoint_dir": "checkpoints/fast",
     },
+    # From the trained classifier, for CIFAR-100; docs/experiments.md has the numbers behind it.
+    "best": {**FROM_CLASSIFIER, "init_from": "checkpoints/best/cifar100/classifier.pt"},
 }
 
 
