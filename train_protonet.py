@@ -128,7 +128,7 @@ RECIPES = {
         "leave_one_out": True,
         "label_smoothing": 0.1,
         "optimizer": "muon",
-        "epochs": 12,
+        "epochs": 10,
         "first_size": 16,
         "lr": 6e-3,
         "schedule": "cycle",
