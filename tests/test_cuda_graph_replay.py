@@ -110,6 +110,7 @@ def optimizer_as_on_cuda(parameters, lr, *more):
         ("classifier", ["--teacher={start}"], 8),  # the path of a trained classifier
         ("classifier", ["--optimizer=muon"], 8),
         ("protonet", [], 8),
+        ("protonet", ["--leave_one_out=true"], 8),
         ("protonet", ["--encoder=resnet12", "--width=4"], 8),
         ("protomaml", ["--encoder=conv4", "--width=4"], 8),
         # In each of two epochs the validation takes five times two episodes, and one alone.
