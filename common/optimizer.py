@@ -35,7 +35,7 @@ class Muon(torch.optim.AdamW):
         super().step()
         self.param_groups = whole
         group, batches = whole[1], {}
-        for weight in group["params"]:
+        for weight in [each for each in group["params"] if each.grad is not None]:
             if not (state := self.state[weight]):  # under AdamW's names, which load it, too
                 state.update(step=weight.new_zeros(()), exp_avg=torch.zeros_like(weight))
             momentum = state["exp_avg"]

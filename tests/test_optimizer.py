@@ -78,3 +78,11 @@ def test_muon_moves_kernels_along_their_orthogonalized_momentum_and_adamw_the_re
             expected[number] = weight * (1 - rate * 0.2) - rate * factor * update
     torch.testing.assert_close([p.detach() for p in parameters[:5]], expected)
     torch.testing.assert_close(parameters[-2:], others, rtol=0, atol=0)
+
+
+def test_muon_leaves_a_kernel_without_gradient_as_it_is():
+    used, unused = (torch.nn.Parameter(torch.ones(4, 2, 3, 3)) for _ in range(2))
+    optimizer = make_optimizer([used, unused], 0.1, 0.1, torch.device("cpu"), "muon")
+    (used * torch.randn(4, 2, 3, 3)).sum().backward()
+    optimizer.step()
+    assert (unused == 1).all() and (used != 1).all()
