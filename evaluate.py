@@ -10,17 +10,19 @@
 
 Tests what you trained on the data set, or else the models that come with the project. Writes
 accuracy.json, .csv and .md and the figures into results/<dataset>/. What is there already for the
-same checkpoint, data and settings is not computed again.
+same checkpoint, data, settings and code of the test is not computed again.
 
 On 2 CPU cores the first line takes half a minute, the second some minutes: there ProtoMAML and MAML
 adapt to four support sets per k. To adapt to all takes hours; a complete test by nearest prototype
 takes 20 s.
 """
 
+import ast
 import contextlib
 import dataclasses
 import functools
 import hashlib
+import inspect
 import json
 import os
 import sys
@@ -33,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import UserError, figures, kshot, shell_command, tables
+from common import ROOT, UserError, figures, kshot, shell_command, tables
 from common.augment import Views
 from common.checkpoint import content_digest, encoder_of, find_checkpoints, load_checkpoint
 from common.config import require, run_script, show
@@ -45,7 +47,6 @@ from common.parallel import is_first, on_first, process_count
 from common.prototypes import episode_labels
 from common.splits import class_split, split_classes, split_name
 
-PROTOCOL = 1  # version of the test: results of another version are not reused
 DEFAULT_DOMAINS = {"cifar100": ("svhn",), "glyphs": ("glyph_digits",)}
 
 
@@ -329,7 +330,7 @@ def test_settings(cfg, model, checkpoint, image_set, k_shot):
 def test_model(cfg, results_dir, device, image_set, k_shots, model, checkpoint):
     """Return one result row per k, each kept on disk as soon as it is there, for the next run."""
     identity = {
-        "protocol": PROTOCOL,
+        "code_sha256": code_of_test(),
         "model": model,
         "dataset": image_set.name,
         "classes": cfg.classes if image_set.name == cfg.dataset else "all",
@@ -371,6 +372,14 @@ def test_model(cfg, results_dir, device, image_set, k_shots, model, checkpoint):
             if is_first():
                 write_text(path, json.dumps({**row, "digest": content_digest(row)}) + "\n")
     return [rows[k_shot] for k_shot in k_shots]
+
+
+def code_of_test():
+    """Return a digest of the code that a result follows from, but for its comments."""
+    names = "augment encoders finetune inner_loop kshot prototypes".split()
+    code = [Path(ROOT, "common", f"{name}.py").read_text("utf-8") for name in names]
+    code.append(inspect.getsource(prepare_test))
+    return content_digest([ast.dump(ast.parse(text)) for text in code])
 
 
 def read_kept(path, wanted):

@@ -349,6 +349,22 @@ def test_results_of_other_weights_are_not_reused(tested, trained, evaluate_small
     assert "pixels on glyphs, k = 2: reused" in printed  # no weights in it
 
 
+def test_results_are_not_reused_once_the_code_of_the_test_has_changed(monkeypatch, tmp_path):
+    before = evaluate.code_of_test()
+    shutil.copytree(f"{ROOT}/common", tmp_path / "common")
+    monkeypatch.setattr(evaluate, "ROOT", tmp_path)
+    with open(tmp_path / "common/kshot.py", "a") as file:
+        file.write("# a comment\n")
+    assert evaluate.code_of_test() == before
+    monkeypatch.setattr(evaluate, "prepare_test", evaluate.draw_tasks)
+    assert evaluate.code_of_test() != before
+    monkeypatch.undo()
+    monkeypatch.setattr(evaluate, "ROOT", tmp_path)
+    with open(tmp_path / "common/kshot.py", "a") as file:
+        file.write("NEW = 1\n")
+    assert evaluate.code_of_test() != before
+
+
 def test_kept_results_that_are_damaged_or_foreign_are_computed_anew(evaluate_small, tmp_path):
     spoils = {
         2: lambda row: '{"a": 1}',
