@@ -76,7 +76,7 @@ class Config:
     batch_size: int = 128  # images per step
     first_size: int = 0  # side in pixels of the images in the first half of the epochs; 0: full
     lr: float = 3e-3  # highest learning rate, in one cycle over all epochs
-    weight_decay: float = 0.05  # of every step, times the learning rate
+    weight_decay: float = 0.05  # each step shrinks the weights by lr * weight_decay
     steps_per_epoch: int = 0  # steps per epoch at most; 0: as many as the images give
     # run
     seed: int = 42  # of weights, batches and augmentation; validation episodes are always the same

@@ -64,7 +64,7 @@ class Config:
     n_way: int = 5  # classes per training episode
     k_shot: int = 4  # support images per class
     n_query: int = 4  # query images per class
-    val_way: int = 0  # classes per validation episode, at most all; 0: as n_way
+    val_way: int = 0  # classes per validation episode, at most those there are; 0: as n_way
     # loss
     leave_one_out: bool = False  # every image is a query in turn, the others are its support
     label_smoothing: float = 0.0  # share of the target probability spread over all classes
@@ -77,10 +77,10 @@ class Config:
     optimizer: str = "adamw"  # or muon: convolutions by Muon at 6 times lr, the rest by AdamW
     epochs: int = 200  # passes over the training images
     first_size: int = 0  # side in pixels of the images in the first half of the epochs; 0: full
-    lr: float = 2e-4  # learning rate, the highest one of a cycle
+    lr: float = 2e-4  # learning rate; the peak, where schedule is cycle
     schedule: str = "drops"  # of lr: drops, or cycle: up in the first fifth, then down to 0
     lr_drops: tuple[float, ...] = (0.7, 0.9)  # shares of the epochs after which lr is divided by 10
-    weight_decay: float = 0.01  # of every step, times the learning rate
+    weight_decay: float = 0.01  # each step shrinks the weights by lr * weight_decay
     steps_per_epoch: int = 0  # steps per epoch at most; 0: as many as the images give
     # run
     seed: int = 42  # of weights, episodes and augmentation; validation episodes are always the same
@@ -158,17 +158,25 @@ def train_step(cfg, encoder, optimizer, images):
     # Support and query go through the encoder in one batch: BatchNorm uses the statistics of both.
     features = encoder(images)  # [N*(K+Q), D]
     support, query = features.split([cfg.n_way * cfg.k_shot, cfg.n_way * cfg.n_query])
-    prototypes = make_prototypes(support, cfg.n_way)  # [N, D], the mean feature of each class
-    logits = distance_logits(query, prototypes)  # [N*Q, N], minus the squared distances
-    labels = episode_labels(cfg.n_way, cfg.n_query, images.device)  # [N*Q]
-    if cfg.leave_one_out:
+    if cfg.leave_one_out:  # every image is a query, and its own prototype does without it
         sets = [each.unflatten(0, (cfg.n_way, -1)) for each in (support, query)]
         logits, labels = leave_one_out(torch.cat(sets, dim=1))  # [N*(K+Q), N]
+    else:
+        prototypes = make_prototypes(support, cfg.n_way)  # [N, D], the mean feature of each class
+        logits = distance_logits(query, prototypes)  # [N*Q, N], minus the squared distances
+        labels = episode_labels(cfg.n_way, cfg.n_query, images.device)  # [N*Q]
     loss = F.cross_entropy(logits, labels, label_smoothing=cfg.label_smoothing)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     return loss.detach(), accuracy(logits, labels)
+
+
+def learning_rate(cfg, epoch):
+    """Return the learning rate after so many epochs, with the fraction of the one that runs."""
+    if cfg.schedule == "cycle":
+        return one_cycle(cfg.lr, epoch / cfg.epochs)
+    return step_decay(cfg.lr, int(epoch), cfg.epochs, cfg.lr_drops)
 
 
 def main(cfg):
@@ -191,10 +199,6 @@ def main(cfg):
     sizes = {0, cfg.first_size}  # 0: full
     steps = {side: CudaGraphStep(step, device, cfg.cuda_graphs) for side in sizes}
     for epoch in run.epochs():
-        lr = step_decay(cfg.lr, epoch, cfg.epochs, cfg.lr_drops)
-        if cfg.schedule == "cycle":  # it changes with every step
-            lr = one_cycle(cfg.lr, epoch / cfg.epochs)
-        set_learning_rate(optimizer, lr)
         # Episodes and augmentation are drawn for the whole epoch, on the CPU, from one generator.
         episodes = sampler.episodes()  # [steps, N*(K+Q)]
         side = cfg.first_size if epoch + 1 <= cfg.epochs / 2 else 0
@@ -202,14 +206,13 @@ def main(cfg):
 
         encoder.train()
         for number, images in enumerate(run.progress(batches)):  # [N*(K+Q), 3, H, W]
-            if cfg.schedule == "cycle":
-                progress = (epoch + number / run.num_steps) / cfg.epochs
-                set_learning_rate(optimizer, one_cycle(cfg.lr, progress))
+            set_learning_rate(optimizer, learning_rate(cfg, epoch + number / run.num_steps))
             run.track(*steps[side](images))
 
         # Validation: other classes, always the same episodes; every image is encoded once.
         features = encode_in_batches(encoder.eval(), data.val.images, data.normalize)
-        run.end_epoch(lr, *mean_loss(features, val_episodes, val_way, cfg.k_shot))
+        result = mean_loss(features, val_episodes, val_way, cfg.k_shot)
+        run.end_epoch(learning_rate(cfg, epoch), *result)
     run.finish(f"{cfg.n_way}-way {cfg.k_shot}-shot", f"{val_way}-way {cfg.k_shot}-shot")
     if cfg.test:
         models = f"{run.path}.pt,checkpoints/quick/{cfg.dataset}"
