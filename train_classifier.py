@@ -11,13 +11,12 @@ Tian et al. 2020, "Rethinking Few-Shot Image Classification", for the teacher).
     python train_classifier.py --recipe=fine        feature maps of twice the height and width
     python train_classifier.py --dataset=glyphs --epochs=8     the built-in data set
     python train_classifier.py --resume=auto        start, or go on after a stop
-    python evaluate.py                              then: the k-shot test
 
-Writes checkpoints/<dataset>/classifier.pt (best epoch), classifier_last.pt (to resume),
-classifier.csv and classifier_curves.png; `teacher` into checkpoints/teacher/. An epoch takes 105 s
-on 2 CPU cores; one of `fine`, 4 times the work in bfloat16, 115 s with avx512_bf16. 10-way
-validation accuracy on CIFAR-100: `teacher` 63 % after 30 epochs, `best` 66 % after 40, `fine` 69 %
-after 30.
+Writes <checkpoint_dir>/<dataset>/classifier.pt (best epoch), classifier_last.pt (to resume),
+classifier.csv and classifier_curves.png, and prints the command that tests it. checkpoint_dir is
+checkpoints; fast and teacher have folders of that name in it. An epoch takes 105 s on 2 CPU cores;
+one of `fine`, 4 times the work in bfloat16, 115 s with avx512_bf16. 10-way validation accuracy on
+CIFAR-100: `teacher` 63 % after 30 epochs, `best` 66 % after 40, `fine` 69 % after 30.
 """
 
 import os

@@ -11,12 +11,13 @@ from zeros.
     python train_protomaml.py --recipe=fast                from the minute of train_classifier.py
     python train_protomaml.py --dataset=glyphs --epochs=1  the built-in data set
     python train_protomaml.py --resume=auto                start, or go on after a stop
-    python evaluate.py                                     then: the k-shot test
 
-Writes checkpoints/<dataset>/protomaml.pt (best epoch), protomaml_last.pt (to resume),
-protomaml.csv and protomaml_curves.png; for MAML the same under the name maml. An epoch has 75 outer
-steps of 16 tasks, 1.4 s each on 2 CPU cores. 5-way validation accuracy: CIFAR-100 57 % after 12
-epochs; glyphs, with --init_from=checkpoints/quick/glyphs/protonet.pt --lr=3e-4, 98.6 % after one.
+Writes <checkpoint_dir>/<dataset>/protomaml.pt (best epoch), protomaml_last.pt (to resume),
+protomaml.csv and protomaml_curves.png, for MAML the same under the name maml, and prints the
+command that tests it. checkpoint_dir is checkpoints; fast has checkpoints/fast. An epoch has 75
+outer steps of 16 tasks, 1.4 s each on 2 CPU cores. 5-way validation accuracy: CIFAR-100 57 % after
+12 epochs; glyphs, with --init_from=checkpoints/quick/glyphs/protonet.pt --lr=3e-4, 98.6 % after
+one.
 """
 
 import math

@@ -4,7 +4,7 @@
     python benchmarks/speedrun.py --command="train_protonet.py --recipe=fast" --seeds=42
 
 Prints a row for the table of docs/speedrun.md: the median time of the training script, its start
-included, and the accuracy at each k over all support sets, mean ± standard deviation over the
+included, and the accuracy at each k over all support sets, mean (standard deviation) over the
 seeds. Says so where a seed's best epoch, which is tested, is not its last.
 """
 
@@ -47,7 +47,7 @@ def main(cfg):
         runs = [run(cfg, seed, os.path.join(cfg.keep or folder, str(seed))) for seed in cfg.seeds]
     seconds, processor, tests = zip(*runs)
     accuracies = [[100 * value for value in test] for test in zip(*tests)]  # of each k
-    spread = [f" ± {statistics.stdev(each):.2f}" if len(each) > 1 else "" for each in accuracies]
+    spread = [f" ({statistics.stdev(each):.2f})" if len(each) > 1 else "" for each in accuracies]
     shown = [f"{statistics.mean(each):.2f}{sd}" for each, sd in zip(accuracies, spread)]
     times = f"{statistics.median(seconds):.0f} s | {statistics.median(processor):.0f} s"
     print(f"| `{cfg.command}` | {times} | {' | '.join(shown)} |")
