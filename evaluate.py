@@ -90,25 +90,20 @@ class Config:
         require(self, "dataset not in domains", "len(set(domains)) == len(domains)")
 
 
+# A recipe is what one would type behind the script's name.
 RECIPES = {
-    "tutorial": {},
+    "tutorial": "",
     # Half a minute on a CPU: few episodes, few steps.
-    "quick": {
-        "domains": (),
-        "num_episodes": 10,
-        "n_way": 10,
-        "k_shots": (1, 5),
-        "num_inner_steps": 10,
-    },
+    "quick": "--domains= --num_episodes=10 --n_way=10 --k_shots=1,5 --num_inner_steps=10",
     # A few minutes on a CPU; made the tables in results/quick.
-    "glyphs": {"num_inner_steps": 30, "max_support_sets": 4},
-    "fast": {"domains": ()},  # what the trainers' recipe fast has trained
+    "glyphs": "--num_inner_steps=30 --max_support_sets=4",
+    "fast": "--domains=",  # what the trainers' recipe fast has trained
     # Made the tables in results/best.
-    "best": {"domains": ("mnist",), "finetune": ("protonet",)},
-    "papers": {"num_episodes": 2000, "k_shots": (1, 5), "domains": ()},
+    "best": "--domains=mnist --finetune=protonet",
+    "papers": "--num_episodes=2000 --k_shots=1,5 --domains=",
     # Made the tables in results/tutorial and results/tutorial_maml.
-    "reproduction": {"domains": ("mnist",)},
-    "reproduction_maml": {"domains": ("mnist",)},
+    "reproduction": "--domains=mnist",
+    "reproduction_maml": "--domains=mnist",
 }
 # How a model adapts, by recipe, on its own data set's test classes and on unseen domains, per k.
 COLUMNS = "num_inner_steps lr_inner lr_output finetune_steps finetune_lr max_support_sets".split()

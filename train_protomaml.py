@@ -96,32 +96,21 @@ class Config:
         require(self, "batchnorm == 'batch' or init_from")  # frozen: those of a trained encoder
 
 
-FROM_CLASSIFIER = {
-    "batchnorm": "frozen",
-    "n_way": 10,
-    "k_shot": 8,
-    "n_query": 8,
-    "num_inner_steps": 5,
-    "lr_inner": 0.004,
-    "lr_output": 0.004,
-    "tasks_per_step": 4,
-    "lr": 2e-4,
-    "lr_drops": (0.5,),
-    "epochs": 2,
-    "steps_per_epoch": 60,
-    "val_episodes": 30,
-}
+FROM_CLASSIFIER = (
+    "--batchnorm=frozen --n_way=10 --k_shot=8 --n_query=8 --num_inner_steps=5 --lr_inner=0.004 "
+    "--lr_output=0.004 --tasks_per_step=4 --lr=2e-4 --lr_drops=0.5 --epochs=2 "
+    "--steps_per_epoch=60 --val_episodes=30 --init_from="
+)
+# A recipe is what one would type behind the script's name.
 RECIPES = {
-    "tutorial": {},
+    "tutorial": "",
     # From the classifier of its recipe fast; docs/speedrun.md has what was tried.
-    "fast": {
-        **FROM_CLASSIFIER,
-        "init_from": "checkpoints/fast/cifar100/classifier.pt",
-        "precision": "bfloat16",
-        "checkpoint_dir": "checkpoints/fast",
-    },
+    "fast": (
+        f"{FROM_CLASSIFIER}checkpoints/fast/cifar100/classifier.pt --precision=bfloat16 "
+        "--checkpoint_dir=checkpoints/fast"
+    ),
     # From the trained classifier, for CIFAR-100; docs/experiments.md has the numbers behind it.
-    "best": {**FROM_CLASSIFIER, "init_from": "checkpoints/best/cifar100/classifier.pt"},
+    "best": f"{FROM_CLASSIFIER}checkpoints/best/cifar100/classifier.pt",
 }
 
 
@@ -205,9 +194,8 @@ def main(cfg):
     torch.manual_seed(cfg.seed)
 
     data = load_training_data(cfg.dataset, cfg.data_dir, device, cfg.split, cfg.image_size)
-    way_and_shot, names = (cfg.n_way, cfg.k_shot), data.train.class_names
-    options = {"num_query": cfg.n_query, "class_names": names, "seed": cfg.seed}
-    sampler = FewShotBatchSampler(data.train.labels, *way_and_shot, include_query=True, **options)
+    size, names = (cfg.n_way, cfg.k_shot, cfg.n_query), data.train.class_names
+    sampler = FewShotBatchSampler(data.train.labels, *size, names, cfg.seed)
     if (num_steps := len(sampler) // cfg.tasks_per_step) == 0:
         raise UserError(f"an epoch has {len(sampler)} episodes; pass fewer --tasks_per_step")
     val_way = min(cfg.n_way, len(data.val.class_names))
@@ -231,7 +219,7 @@ def main(cfg):
         # Tasks and augmentation are drawn for the whole epoch, on the CPU, from one generator.
         tasks = sampler.episodes()[: num_steps * cfg.tasks_per_step]
         tasks = tasks.view(num_steps, cfg.tasks_per_step, -1)  # [steps, T, N*(K+Q)]
-        batches = AugmentedBatches(data, tasks, sampler.generator, mine=my_slice())
+        batches = AugmentedBatches(data, tasks, sampler.generator, own=my_slice())
 
         for images in run.progress(batches):  # [T*N*(K+Q), 3, H, W]
             run.track(*step(images))

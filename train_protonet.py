@@ -107,47 +107,26 @@ class Config:
         require(self, f"first_size == 0 or first_size >= 16 and {scalable}")
 
 
+# A recipe is what one would type behind the script's name.
 RECIPES = {
-    "tutorial": {},
-    # A first look, in a minute: python train_protonet.py --recipe=first
-    "first": {
-        "dataset": "glyphs",
-        "epochs": 1,
-        "steps_per_epoch": 150,
-        "encoder": "conv4",
-        "lr": 1e-3,
-        "checkpoint_dir": "checkpoints/first",
-        "overwrite": True,
-        "test": "quick",
-    },
+    "tutorial": "",
+    # A first look, in a minute.
+    "first": (
+        "--dataset=glyphs --epochs=1 --steps_per_epoch=150 --encoder=conv4 --lr=1e-3 "
+        "--checkpoint_dir=checkpoints/first --overwrite=true --test=quick"
+    ),
     # From nothing in four minutes; docs/speedrun.md has what was tried.
-    "fast": {
-        "n_way": 20,
-        "k_shot": 5,
-        "n_query": 5,
-        "val_way": 10,
-        "leave_one_out": True,
-        "label_smoothing": 0.1,
-        "optimizer": "muon",
-        "epochs": 10,
-        "first_size": 16,
-        "lr": 6e-3,
-        "schedule": "cycle",
-        "weight_decay": 0.1,
-        "precision": "bfloat16",
-        "checkpoint_dir": "checkpoints/fast",
-    },
+    "fast": (
+        "--n_way=20 --k_shot=5 --n_query=5 --val_way=10 --leave_one_out=true "
+        "--label_smoothing=0.1 --optimizer=muon --epochs=10 --first_size=16 --lr=6e-3 "
+        "--schedule=cycle --weight_decay=0.1 --precision=bfloat16 "
+        "--checkpoint_dir=checkpoints/fast"
+    ),
     # From the trained classifier, for CIFAR-100; docs/experiments.md has the numbers behind it.
-    "best": {
-        "init_from": "checkpoints/best/cifar100/classifier.pt",
-        "n_way": 20,
-        "k_shot": 1,
-        "n_query": 5,
-        "val_way": 10,
-        "lr_drops": (0.5,),
-        "epochs": 4,
-        "steps_per_epoch": 100,
-    },
+    "best": (
+        "--init_from=checkpoints/best/cifar100/classifier.pt --n_way=20 --k_shot=1 --n_query=5 "
+        "--val_way=10 --lr_drops=0.5 --epochs=4 --steps_per_epoch=100"
+    ),
 }
 
 
@@ -185,9 +164,8 @@ def main(cfg):
     torch.manual_seed(cfg.seed)
 
     data = load_training_data(cfg.dataset, cfg.data_dir, device, cfg.split, cfg.image_size)
-    way_and_shot, names = (cfg.n_way, cfg.k_shot), data.train.class_names
-    options = {"num_query": cfg.n_query, "class_names": names, "seed": cfg.seed}
-    sampler = FewShotBatchSampler(data.train.labels, *way_and_shot, include_query=True, **options)
+    size, names = (cfg.n_way, cfg.k_shot, cfg.n_query), data.train.class_names
+    sampler = FewShotBatchSampler(data.train.labels, *size, names, cfg.seed)
     val_way = min(cfg.val_way or cfg.n_way, len(data.val.class_names))
     val_episodes = validation_episodes(data.val, val_way, cfg.k_shot, cfg.n_query).to(device)
 

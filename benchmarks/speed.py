@@ -168,8 +168,7 @@ def protomaml_step(bench, encoder, tasks, inner_steps=1, init="prototypes"):
 
 def training_tasks(bench, tasks):
     """Yield the tasks of an epoch's steps, int64 [steps, tasks, N * (K + Q)], without end."""
-    options = {"include_query": True, "num_query": N_QUERY}
-    sampler = FewShotBatchSampler(bench.data.train.labels, N_WAY, K_SHOT, **options)
+    sampler = FewShotBatchSampler(bench.data.train.labels, N_WAY, K_SHOT, N_QUERY)
     while True:
         yield sampler.episodes()[: len(sampler) // tasks * tasks].unflatten(0, (-1, tasks))
 

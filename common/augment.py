@@ -21,19 +21,12 @@ class AugmentedBatches:
     Iterating yields float32 [B, 3, H, W] per step, on the device of the images of `data`, the
     TrainingData. indices: of training images, int64 [steps, B] or [steps, T, M]: T tasks of M
     images. min_crop_area: area of the smallest crop, as a share of the image. color_jitter: see
-    `draw_jitter`. mine: the slice of the images or tasks that this process computes; all processes
+    `draw_jitter`. own: the slice of the images or tasks that this process computes; all processes
     draw the same numbers, those of an epoch at once. size: side of what is yielded; 0: as it is.
     """
 
     def __init__(
-        self,
-        data,
-        indices,
-        generator,
-        min_crop_area=0.8,
-        color_jitter=0.0,
-        mine=slice(None),
-        size=0,
+        self, data, indices, generator, min_crop_area=0.8, color_jitter=0.0, own=slice(None), size=0
     ):
         self.data, self.images, count, self.size = data, data.train.images, indices.numel(), size
         boxes, flips = draw_augmentation(count, *self.images.shape[2:], generator, min_crop_area)
@@ -42,9 +35,8 @@ class AugmentedBatches:
         drawn = [indices.flatten(), boxes, flips, *([factors] if color_jitter else [])]
         self.drawn = []  # [steps, B, ...] each
         for numbers in drawn:
-            own = numbers.view(*indices.shape, *numbers.shape[1:])[:, mine]
-            own = own.reshape(len(indices), -1, *numbers.shape[1:])
-            self.drawn.append(own.to(self.images.device))
+            numbers = numbers.view(*indices.shape, *numbers.shape[1:])[:, own]
+            self.drawn.append(numbers.flatten(1, indices.ndim - 1).to(self.images.device))
 
     def __len__(self):
         return len(self.drawn[0])

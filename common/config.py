@@ -21,11 +21,10 @@ from common.parallel import is_first, is_first_to_fail, process_count
 def run_script(main, config_class, recipes=None, torchrun=True):
     """Read the command line, call `main(cfg)` and leave with its exit code.
 
-    recipes: {name: {field: value}} for `--recipe=name`. torchrun: whether several processes can
-    share the work. The code is 2 after an error and 128 + the signal's number after Ctrl-C or
-    another signal that ends a run; either is one line (with `python -X dev` a library's error keeps
-    its traceback). Of several processes the first one prints, and an error is printed by the one
-    that meets it first.
+    recipes: {name: options as on the command line} for `--recipe=name`. torchrun: whether several
+    processes can share the work. The code is 2 after an error and 128 + the signal's number after a
+    signal that ends a run; either is one line (with `python -X dev` a library's error keeps its
+    traceback), printed by the first process, or by the one that meets an error first.
     """
     script, stopped = os.path.basename(sys.argv[0]), "stopped; what was saved before is intact"
     if isinstance(sys.stdout, io.TextIOWrapper):  # class names may use any alphabet
@@ -91,8 +90,12 @@ def parse_config(config_class, argv, recipes=None, doc=""):
     if {"-h", "--help"} & set(argv):
         print(help_text(config_class, doc))
         raise SystemExit(0)
+    named = [word.removeprefix("--recipe=") for word in argv if word.startswith("--recipe=")]
+    recipe = (named or [getattr(config_class, "recipe", "")])[-1]
+    if recipes and recipe not in recipes:
+        raise UserError(f"there is no recipe {recipe!r}; take one of {', '.join(recipes)}")
     given = {}
-    for word in argv:
+    for word in (*(recipes or {}).get(recipe, "").split(), *argv):
         option, equals, text = word.partition("=")
         name = option.removeprefix("--")
         if name not in fields or not word.startswith("--"):
@@ -106,10 +109,7 @@ def parse_config(config_class, argv, recipes=None, doc=""):
         except ValueError:
             needed = type_name(fields[name].type)
             raise UserError(f"found {word!r}; write {option}={needed}") from None
-    recipe = given.get("recipe", getattr(config_class, "recipe", ""))
-    if recipes and recipe not in recipes:
-        raise UserError(f"there is no recipe {recipe!r}; take one of {', '.join(recipes)}")
-    cfg = config_class(**{**(recipes or {}).get(recipe, {}), **given})
+    cfg = config_class(**given)
     for name in fields:
         setattr(cfg, name, _with_home(getattr(cfg, name)))
     return cfg

@@ -16,22 +16,16 @@ from common.files import sha256
 INITIAL_SCALE = 4.0  # length of the feature vectors where it is learned, before training
 
 
-def densenet(
-    proto_dim,
-    growth_rate=32,
-    block_config=(6, 6, 6, 6),
-    bn_size=2,
-    num_init_features=64,
-    stem_stride=2,
-):
+def densenet(proto_dim, stem_stride=2, **sizes):
     """Return torchvision's DenseNet in two parts, the last layer apart; the tutorial's by default.
 
     stem_stride: of the first convolution. With 1, all feature maps have twice the height and width,
-    for about four times the work; the parameters are the same.
+    for about four times the work; the parameters are the same. sizes: as torchvision names them.
     """
     from torchvision.models import DenseNet  # late: it is slow to load
 
-    net = DenseNet(growth_rate, block_config, num_init_features, bn_size, 0, proto_dim or 64)
+    sizes = {"block_config": (6, 6, 6, 6), "bn_size": 2, **sizes}
+    net = DenseNet(**sizes, num_classes=proto_dim or 64)
     net.features.conv0.stride = (stem_stride, stem_stride)
     return DenseNetFeatures(OrderedDict(net.features.named_children())), net.classifier
 
@@ -214,7 +208,11 @@ class Encoder(nn.Module):
 
     def memory_format(self, device):
         """Return how weights and images are stored on a device."""
-        return torch.contiguous_format if self.contiguous else memory_format_of(device)
+        # Channels last is faster; but on mps, the BatchNorm of torch up to 2.12 then has wrong
+        # gradients, and the pooling ends the process
+        # (https://github.com/pytorch/pytorch/issues/175189 and 175190).
+        plain = self.contiguous or device.type == "mps"
+        return torch.contiguous_format if plain else torch.channels_last
 
     def forward(self, images):
         """Return the features [B, D] of images [B, 3, H, W]."""
@@ -227,16 +225,6 @@ class Encoder(nn.Module):
         if self.log_scale is not None:
             features = F.normalize(features) * self.log_scale.exp()
         return features
-
-
-def memory_format_of(device):
-    """Return how an encoder computes on a device: channels last, except on mps.
-
-    Convolutions on the CPU and on recent GPUs prefer it. On mps, the BatchNorm of torch up to 2.12
-    has wrong gradients channels last, and the pooling ends the process
-    (https://github.com/pytorch/pytorch/issues/175189 and 175190).
-    """
-    return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from common.finetune import FineTuning
 from common.inner_loop import InnerLoop, inner_step
 from common.parallel import Workers, all_gather, my_slice
 from common.prototypes import episode_labels, make_prototypes, prototype_head
-from common.samplers import FewShotBatchSampler, class_numbers, require_images
+from common.samplers import class_numbers, require_images
 
 
 def support_sets(labels, k_shot, class_names, max_sets=0):
@@ -32,11 +32,13 @@ def support_sets(labels, k_shot, class_names, max_sets=0):
     max_sets: take at most so many of them, evenly spread (0: all). Raises UserError where a class
     has no image left to be a query.
     """
-    counts = torch.bincount(class_numbers(labels), minlength=len(class_names)).tolist()
+    labels = class_numbers(labels)
+    counts = torch.bincount(labels, minlength=len(class_names)).tolist()
     what = f"a test with k = {k_shot} and one query"
     require_images(counts, k_shot + 1, class_names, what, "--k_shots")
-    sets = FewShotBatchSampler(labels, len(class_names), k_shot, shuffle=False).episodes()
-    return spread_evenly(sets, max_sets)
+    number, rows = min(counts) // k_shot, torch.argsort(labels, stable=True).split(counts)
+    chunks = [of_class[: number * k_shot].view(number, k_shot) for of_class in rows]
+    return spread_evenly(torch.cat(chunks, dim=1), max_sets)
 
 
 def spread_evenly(rows, most):

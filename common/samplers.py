@@ -12,66 +12,57 @@ from common import UserError
 
 
 class FewShotBatchSampler:
-    """Episodes of N_way distinct classes, each image at most once per epoch.
+    """Episodes of N_way distinct classes, each image at most once per epoch; new ones every epoch.
 
     Usable as the batch_sampler of a DataLoader.
 
-    dataset_targets: int64 [num_images] or [num_images, 1], the class of each image.
-    N_way, K_shot: classes per episode and support images per class.
-    include_query: whether each episode also holds queries of the same classes, num_query of each
-        (K_shot if None).
-    shuffle: draw new episodes for every epoch (training).
-    shuffle_once: draw episodes once and keep them (validation). With neither, classes and images
-        are taken in order, so that with N_way = all classes episode i is the i-th chunk of K_shot
-        images of every class.
+    targets: int64 [num_images] or [num_images, 1], the class of each image.
+    N_way, K_shot, num_query: classes per episode, support images and queries of each class.
     class_names: names for the error message, in the order of the sorted labels.
     seed: seed of the sampler's own `generator`; no other random number generator is read or moved.
 
     Raises UserError for fewer classes than N_way, a class with too few images for one episode, a
-    number below 1, and targets of another shape.
+    way or shot below 1, and targets of another shape.
     """
 
-    def __init__(
-        self,
-        dataset_targets,
-        N_way,
-        K_shot,
-        include_query=False,
-        shuffle=True,
-        shuffle_once=False,
-        *,
-        num_query=None,
-        class_names=None,
-        seed=42,
-    ):
-        self.N_way, self.K_shot = N_way, K_shot
-        self.num_query = (K_shot if num_query is None else num_query) if include_query else 0
-        self.images_per_class = self.K_shot + self.num_query
-        self.shuffle = shuffle
+    def __init__(self, targets, N_way, K_shot, num_query=0, class_names=None, seed=42):
+        self.N_way, self.K_shot, self.num_query = N_way, K_shot, num_query
+        self.images_per_class = K_shot + num_query
         self.generator = torch.Generator().manual_seed(seed)
 
-        _require_one_or_more(
-            N_way=N_way, K_shot=K_shot, num_query=self.num_query if include_query else 1
-        )
-        targets = class_numbers(dataset_targets)
+        if N_way < 1 or K_shot < 1 or num_query < 0:
+            found = f"{N_way}-way {K_shot}-shot episodes of {num_query} queries per class"
+            raise UserError(f"there are no {found}; pass 1 or more, and no fewer than 0 queries")
+        targets = class_numbers(targets)
         classes, counts = (each.tolist() for each in torch.unique(targets, return_counts=True))
         if N_way > len(classes):
             raise UserError(
                 f"{N_way}-way episodes need {N_way} classes, found {len(classes)} (without those "
                 "held out); pass a smaller --n_way, or add classes"
             )
-        what = f"an episode of {K_shot} support + {self.num_query} query images"
+        what = f"an episode of {K_shot} support + {num_query} query images"
         needed, options = self.images_per_class, "--k_shot or --n_query"
         require_images(counts, needed, class_names or classes, what, options)
         self.images_of_class = torch.argsort(targets, stable=True).split(counts)
         chunks = [count // self.images_per_class for count in counts]
         self.chunks_of_class = _chunks_to_deal(chunks, N_way)
         self.num_episodes = sum(self.chunks_of_class) // N_way
-        self.fixed_episodes = None if shuffle else self._draw(in_order=not shuffle_once)
 
     def episodes(self):
-        """Return the episodes of an epoch, int64 [num_episodes, N_way * (K_shot + num_query)]."""
-        return self._draw() if self.shuffle else self.fixed_episodes
+        """Return the episodes of an epoch, int64 [num_episodes, N_way * (K_shot + num_query)].
+
+        Every class is cut into chunks of one episode's size, which are dealt out to the episodes.
+        """
+        size = self.images_per_class
+        classes = torch.tensor(list(self._deal_classes())).flatten()  # [episodes * N]
+        dealt = torch.empty(len(classes), size, dtype=torch.int64)
+        for c, images in enumerate(self.images_of_class):
+            places = torch.nonzero(classes == c)[:, 0]
+            order = self._shuffled(len(images))[: len(places) * size]
+            dealt[places] = images[order].view(-1, size)
+        dealt = dealt.view(self.num_episodes, self.N_way, size)
+        support, query = dealt.split([self.K_shot, self.num_query], dim=2)
+        return torch.cat([support.flatten(1), query.flatten(1)], dim=1)
 
     def __iter__(self):
         for episode in self.episodes():
@@ -80,20 +71,7 @@ class FewShotBatchSampler:
     def __len__(self):
         return self.num_episodes
 
-    def _draw(self, in_order=False):
-        """Cut every class into chunks of one episode's size and deal the chunks out to episodes."""
-        size = self.images_per_class
-        classes = torch.tensor(list(self._deal_classes(in_order))).flatten()  # [episodes * N]
-        dealt = torch.empty(len(classes), size, dtype=torch.int64)
-        for c, images in enumerate(self.images_of_class):
-            order = torch.arange(len(images)) if in_order else self._shuffled(len(images))
-            places = torch.nonzero(classes == c)[:, 0]
-            dealt[places] = images[order[: len(places) * size]].view(-1, size)
-        dealt = dealt.view(self.num_episodes, self.N_way, size)
-        support, query = dealt.split([self.K_shot, self.num_query], dim=2)
-        return torch.cat([support.flatten(1), query.flatten(1)], dim=1)
-
-    def _deal_classes(self, in_order):
+    def _deal_classes(self):
         """Yield the classes of each episode, distinct within it, as indices into the sorted labels.
 
         Chunks lie in a queue in random order; each episode takes the next N of different classes. A
@@ -102,8 +80,7 @@ class FewShotBatchSampler:
         """
         left = list(self.chunks_of_class)
         queue = [c for turn in range(max(left)) for c in range(len(left)) if turn < left[c]]
-        if not in_order:
-            queue = [queue[position] for position in self._shuffled(len(queue)).tolist()]
+        queue = [queue[position] for position in self._shuffled(len(queue)).tolist()]
         queue.reverse()  # the next one is at the end, where pop() is cheap
         for episodes_left in range(self.num_episodes, 0, -1):
             classes = [c for c, chunks in enumerate(left) if chunks == episodes_left]
@@ -147,20 +124,13 @@ def require_images(counts, needed, class_names, what, options):
         )
 
 
-def _require_one_or_more(**numbers):
-    for name, number in numbers.items():
-        if number < 1:
-            raise UserError(f"{name} is {number}, but at least 1 is needed; pass another")
-
-
 def validation_episodes(image_set, n_way, k_shot, num_query):
     """Return episodes on an ImageSet, int64 [E, n_way * (k_shot + num_query)].
 
     They are the same in every run, whatever its seed: numbers of two runs can be compared.
     """
-    once = {"include_query": True, "shuffle": False, "shuffle_once": True, "seed": 0}
-    options = {"num_query": num_query, "class_names": image_set.class_names}
-    return FewShotBatchSampler(image_set.labels, n_way, k_shot, **options, **once).episodes()
+    size = n_way, k_shot, num_query
+    return FewShotBatchSampler(image_set.labels, *size, image_set.class_names, seed=0).episodes()
 
 
 def _chunks_to_deal(chunks_of_class, n_way):

@@ -136,12 +136,12 @@ def test_jitter_factors_are_spread_over_their_range():
 TASKS = torch.arange(24).flip(0).view(3, 4, 2)  # of 3 steps, 4 tasks of 2 images each
 
 
-def epoch(color_jitter=0.3, mine=slice(None)):
+def epoch(color_jitter=0.3, own=slice(None)):
     """The images of 3 steps of 4 tasks of 2 images, and the state of the generator afterwards."""
     images, generator = torch.arange(24 * 3 * 32 * 40) % 251, torch.Generator().manual_seed(5)
     train = SimpleNamespace(images=images.view(24, 3, 32, 40).byte())
     data = SimpleNamespace(train=train, normalize=lambda images: images / 255 - 1)
-    batches = AugmentedBatches(data, TASKS, generator, 0.5, color_jitter, mine)
+    batches = AugmentedBatches(data, TASKS, generator, 0.5, color_jitter, own)
     assert len(batches) == 3
     return list(batches), generator.get_state(), train.images
 
@@ -160,7 +160,7 @@ def test_the_steps_of_an_epoch_are_augmented_with_the_draws_of_its_generator(col
 def test_of_two_processes_each_takes_every_second_task_with_its_draws():
     alone, state, _ = epoch()
     for rank in range(2):
-        shares, own_state, _ = epoch(mine=slice(rank, None, 2))
+        shares, own_state, _ = epoch(own=slice(rank, None, 2))
         assert torch.equal(state, own_state)
         for whole, part in zip(alone, shares, strict=True):
             of_tasks = whole.unflatten(0, (4, 2))[rank::2].flatten(0, 1)

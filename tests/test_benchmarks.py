@@ -115,4 +115,4 @@ def test_a_speedrun_prints_the_time_and_the_mean_over_seeds(glyph_dir, tmp_path,
             rows = json.loads((tmp_path / str(seed) / "results/accuracy.json").read_text())
             found += [r["accuracy"] for r in rows if (r["model"], r["k_shot"]) == ("classifier", k)]
         mean, half = sum(found) * 50, abs(found[0] - found[1]) * 100 / 2**0.5
-        assert cell == f"{mean:.2f} ± {half:.2f}" and len(found) == 2
+        assert cell == f"{mean:.2f} ({half:.2f})" and len(found) == 2

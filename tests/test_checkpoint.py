@@ -229,6 +229,6 @@ def test_the_included_models_are_found_from_any_folder(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     (found,) = find_checkpoints("cifar100")[:1]
     assert os.path.isabs(found) and load_checkpoint(found)
-    recipe = train_protonet.RECIPES["best"]["init_from"]
-    assert load_checkpoint(recipe)["model"] == "classifier"
+    options = dict(word.split("=") for word in train_protonet.RECIPES["best"].split())
+    assert load_checkpoint(options["--init_from"])["model"] == "classifier"
     assert len(find_checkpoints("glyphs", [os.path.join("checkpoints", "quick", "glyphs")])) == 3

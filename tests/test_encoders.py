@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.models import DenseNet
 
-from common import encoders, fast_densenet
+from common import fast_densenet
 from common.data import SMALLEST_IMAGE
 from common.encoders import Encoder, encode_in_batches, with_principal_features
 from common.fast_densenet import conv1x1, conv3x3
@@ -143,8 +143,8 @@ def test_on_mps_the_encoder_computes_channels_first(monkeypatch):
             assert tensor.dim() < 4 or tensor.is_contiguous()
         return pooled_maps(features, images)
 
-    layout = encoders.memory_format_of(torch.device("mps"))
-    monkeypatch.setattr(encoders, "memory_format_of", lambda device: layout)
+    layout = encoder.memory_format(torch.device("mps"))
+    monkeypatch.setattr(Encoder, "memory_format", lambda encoder, device: layout)
     monkeypatch.setattr(fast_densenet, "pooled_maps", checked)
     torch.testing.assert_close(encoder.to("cpu")(images), expected)
 

@@ -44,7 +44,7 @@ def check_episodes(episodes, labels, n_way, k_shot, num_query):
 
 def test_the_default_setting_gives_1200_episodes_and_uses_all_48000_images():
     labels = labels_of([600] * 80)
-    sampler = FewShotBatchSampler(labels, 5, 4, include_query=True)
+    sampler = FewShotBatchSampler(labels, 5, 4, 4)
     episodes = sampler.episodes()
     assert len(sampler) == len(episodes) == 1200
     assert torch.equal(episodes.flatten().sort().values, torch.arange(48_000))
@@ -71,26 +71,16 @@ def test_validation_on_10_classes_uses_all_6000_images_and_many_sets_of_classes(
     n_way=st.integers(1, 6),
     k_shot=st.integers(1, 4),
     num_query=st.integers(0, 3),
-    mode=st.sampled_from(["random", "once", "in order"]),
     seed=st.integers(0, 1000),
 )
 def test_every_episode_has_distinct_classes_whatever_the_sizes(
-    sizes, n_way, k_shot, num_query, mode, seed
+    sizes, n_way, k_shot, num_query, seed
 ):
     # Every class needs the images of one episode: without them the constructor refuses, see below.
     sizes = [max(size, k_shot + num_query) for size in sizes]
     n_way = min(n_way, len(sizes))
     labels = labels_of(sizes, seed)
-    sampler = FewShotBatchSampler(
-        labels,
-        n_way,
-        k_shot,
-        num_query > 0,
-        mode == "random",
-        mode == "once",
-        num_query=num_query,
-        seed=seed,
-    )
+    sampler = FewShotBatchSampler(labels, n_way, k_shot, num_query, seed=seed)
     assert len(sampler) == most_episodes([size // (k_shot + num_query) for size in sizes], n_way)
     for _ in range(2):
         episodes = sampler.episodes()
@@ -99,64 +89,23 @@ def test_every_episode_has_distinct_classes_whatever_the_sizes(
 
 
 def test_images_that_fill_no_chunk_have_their_turn_in_later_epochs():
-    sampler = FewShotBatchSampler(labels_of([7, 7]), 2, 2, include_query=True)
+    sampler = FewShotBatchSampler(labels_of([7, 7]), 2, 2, 2)
     seen = torch.cat([sampler.episodes().flatten() for _ in range(30)])
     assert len(sampler) == 1 and len(seen.unique()) == 14
 
 
-def test_queries_are_none_or_as_many_as_the_shot_unless_said_otherwise():
-    labels = labels_of([12] * 4)
-    for options, num_query in (
-        ({"num_query": 5}, 0),
-        ({"include_query": True}, 2),
-        ({"include_query": True, "num_query": 1}, 1),
-    ):
-        sampler = FewShotBatchSampler(labels, 3, 2, **options)
-        check_episodes(sampler.episodes(), labels, 3, 2, num_query)
-
-
-def test_in_order_with_all_classes_episode_i_is_the_ith_run_of_every_class():
-    # The labels are neither consecutive nor a tensor.
-    labels = [10, 0, 20, 0, 10, 20, 20, 0, 10, 0, 10, 20, 20, 0, 10]
-    positions = [[row for row, label in enumerate(labels) if label == c] for c in (0, 10, 20)]
-    sampler = FewShotBatchSampler(labels, 3, 2, shuffle=False)
-    assert sampler.episodes().tolist() == [
-        [row for c in range(3) for row in positions[c][2 * i : 2 * i + 2]] for i in range(2)
-    ]
-
-
-def test_training_draws_new_episodes_for_every_epoch_and_validation_keeps_its_own():
-    labels = labels_of([20] * 6)
-    training = FewShotBatchSampler(labels, 3, 2, True)
-    assert not torch.equal(training.episodes(), training.episodes())
-    fixed = FewShotBatchSampler(labels, 3, 2, True, shuffle=False, shuffle_once=True)
-    first = fixed.episodes().clone()
-    assert torch.equal(first, fixed.episodes()) and list(fixed) == first.tolist()
-
-
-@pytest.mark.parametrize("once", [False, True])
-def test_episodes_follow_the_seed_and_no_other_random_numbers(once):
+def test_every_epoch_has_new_episodes_which_follow_the_seed_and_no_other_random_numbers():
     def draw(seed, others):
         torch.manual_seed(others)
         before = torch.get_rng_state()
-        sampler = FewShotBatchSampler(labels_of([20] * 6), 3, 2, True, not once, once, seed=seed)
+        sampler = FewShotBatchSampler(labels_of([20] * 6), 3, 2, 2, seed=seed)
         episodes = sampler.episodes()
         assert torch.equal(torch.get_rng_state(), before)
+        assert not torch.equal(sampler.episodes(), episodes)
         return episodes
 
     assert torch.equal(draw(1, others=1), draw(1, others=2))
     assert not torch.equal(draw(1, others=1), draw(2, others=1))
-
-
-def test_the_generators_state_is_the_whole_state_of_a_sampler():
-    labels = labels_of([20] * 6)
-    sampler = FewShotBatchSampler(labels, 3, 2, True)
-    sampler.episodes()
-    state = sampler.generator.get_state()
-    second = sampler.episodes()
-    other = FewShotBatchSampler(labels, 3, 2, include_query=True, seed=7)
-    other.generator.set_state(state)
-    assert torch.equal(other.episodes(), second)
 
 
 # Drawn once and written down: if they change, so do the episodes, and every published number.
@@ -173,17 +122,16 @@ GOLDEN_VALIDATION = [
 
 def test_the_first_and_last_episodes_are_the_same_on_every_machine():
     labels = torch.arange(5).repeat_interleave(30)
-    sampler = FewShotBatchSampler(labels, 3, 2, include_query=True, num_query=1, seed=42)
+    sampler = FewShotBatchSampler(labels, 3, 2, 1, seed=42)
     assert sampler.episodes()[[0, 1, -1]].tolist() == GOLDEN_TRAINING
     assert validation_episodes(image_set(labels), 3, 2, 1)[[0, -1]].tolist() == GOLDEN_VALIDATION
 
 
 def test_a_data_loader_takes_a_sampler_as_its_batch_sampler():
-    options = {"include_query": True, "shuffle": False, "shuffle_once": True}
-    sampler = FewShotBatchSampler(labels_of([20] * 6), N_way=3, K_shot=2, **options)
+    sampler, same = (FewShotBatchSampler(labels_of([20] * 6), 3, 2, 2) for _ in range(2))
     loader = DataLoader(torch.arange(120), batch_sampler=sampler)  # image i is the number i
     assert len(loader) == len(sampler)
-    assert [batch.tolist() for batch in loader] == list(sampler)
+    assert [batch.tolist() for batch in loader] == list(same)
 
 
 def test_what_the_data_cannot_give_is_refused_with_both_numbers():
@@ -196,10 +144,10 @@ def test_a_class_with_too_few_images_is_named_with_both_numbers():
     labels, names = labels_of([20, 7, 20]), ["apple", "beaver", "crab"]
     found = r"class 'beaver' has 7 images, .* 5 support \+ 3 query images needs 8 of each class"
     with pytest.raises(UserError, match=found):
-        FewShotBatchSampler(labels, 2, 5, True, num_query=3, class_names=names)
+        FewShotBatchSampler(labels, 2, 5, 3, names)
     with pytest.raises(UserError, match="class 1 has 7"):
-        FewShotBatchSampler(labels, 2, 5, include_query=True, num_query=3)
-    FewShotBatchSampler(labels, 2, 5, include_query=True, num_query=2)
+        FewShotBatchSampler(labels, 2, 5, 3)
+    FewShotBatchSampler(labels, 2, 5, 2)
 
 
 def test_labels_of_an_episode_count_the_classes():
@@ -210,19 +158,19 @@ def test_labels_of_an_episode_count_the_classes():
 @pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
 def test_a_column_of_labels_is_the_labels_and_other_shapes_are_refused(kind):
     flat = labels_of([6, 7, 8]).tolist()
-    column = FewShotBatchSampler(kind([[label] for label in flat]), 2, 2, include_query=True)
-    assert torch.equal(column.episodes(), FewShotBatchSampler(flat, 2, 2, True).episodes())
+    column = FewShotBatchSampler(kind([[label] for label in flat]), 2, 2, 2)
+    assert torch.equal(column.episodes(), FewShotBatchSampler(flat, 2, 2, 2).episodes())
     for odd in ([flat, flat], [[[label]] for label in flat]):
         with pytest.raises(UserError, match=r"the shape \[.*one class number per image.*argmax"):
             FewShotBatchSampler(kind(odd), 2, 2)
 
 
-@pytest.mark.parametrize("way, shot, query", [(0, 2, 2), (-1, 2, 2), (2, 0, 2), (2, 2, 0)])
-def test_a_way_a_shot_or_queries_below_one_are_refused(way, shot, query):
-    with pytest.raises(UserError, match="is (0|-1), but at least 1 is needed"):
-        FewShotBatchSampler(labels_of([6, 7, 8]), way, shot, True, num_query=query)
+@pytest.mark.parametrize("way, shot, query", [(0, 2, 2), (-1, 2, 2), (2, 0, 2), (2, 2, -1)])
+def test_a_way_or_a_shot_below_one_is_refused(way, shot, query):
+    with pytest.raises(UserError, match=f"no {way}-way {shot}-shot episodes of {query} queries"):
+        FewShotBatchSampler(labels_of([6, 7, 8]), way, shot, query)
 
 
 def test_all_classes_that_are_too_small_are_counted_and_what_fits_is_said():
     with pytest.raises(UserError, match="class 2 has 3 images.*; 3 of 4 classes.*smaller --k_shot"):
-        FewShotBatchSampler(labels_of([7, 9, 3, 5]), 2, 4, True)
+        FewShotBatchSampler(labels_of([7, 9, 3, 5]), 2, 4, 4)
