@@ -34,10 +34,13 @@ from common import UserError  # noqa: E402
 from common.checkpoint import load_checkpoint  # noqa: E402
 from common.config import parse_config  # noqa: E402
 from common.data import load_dataset  # noqa: E402
+from common.encoders import Encoder  # noqa: E402
 from common.glyphs import draw_glyph_digits, draw_glyphs  # noqa: E402
 
 # Of the smallest DenseNet, for tests that need any encoder.
 TINY = {"growth_rate": 4, "block_config": [1, 1, 1, 1], "num_init_features": 8}
+# One thread: sums are then in the same order in every process, however busy the cores are.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 OUTCOMES = ("refused", "unchanged", "accepted wrongly", "tracebacks")
 SECONDS_OF_WORK = 3  # from the start, or the first file that a process writes, to a kill, at most
 SECONDS_TO_FINISH = 300  # longer means that it hangs
@@ -73,6 +76,21 @@ def make_data(folder):
         np.savez(folder / f"{name}.npz", images=images, labels=labels, class_names=np.array(names))
 
 
+def labels_of(sizes, seed=0):
+    """Labels of classes of these sizes, in random order: images of a class do not lie together."""
+    labels = torch.cat([torch.full((size,), c) for c, size in enumerate(sizes)])
+    return labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
+
+
+@torch.no_grad()
+def moved_encoder():
+    """A tiny DenseNet with running statistics far from 0 and 1."""
+    encoder = Encoder(8, **TINY)
+    for _ in range(3):
+        encoder(2 + 3 * torch.randn(10, 3, 32, 32))
+    return encoder
+
+
 @contextlib.contextmanager
 def started(job, folder):
     """Yield a process of the job, `folder` for its output; at the end it is killed, if need be.
@@ -82,9 +100,7 @@ def started(job, folder):
     command = [sys.executable, str(ROOT / job.script), *job.arguments, f"--{job.writes}={folder}"]
     if any(folder.glob("*/*_last.pt")):
         command.append("--resume=true")
-    # One thread: sums are then in the same order in every process, however busy the cores are.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(command, text=True, stdout=PIPE, stderr=STDOUT, env=environment)
+    process = subprocess.Popen(command, text=True, stdout=PIPE, stderr=STDOUT, env=ENVIRONMENT)
     try:
         yield process
     finally:

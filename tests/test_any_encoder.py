@@ -3,7 +3,6 @@
 import json
 import os
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -156,19 +155,6 @@ def test_an_encoder_whose_file_changed_since_the_training_is_named(networks, cap
     assert capsys.readouterr().out == ""
     Encoder(**{**arguments, "file_sha256": "0" * 64})
     assert "my_encoder.py has changed since the training" in capsys.readouterr().out
-
-
-def test_photographs_in_the_folders_of_mini_imagenet_are_trained_and_tested_on(tmp_path, networks):
-    for number, part in enumerate(["train"] * 3 + ["val"] * 2 + ["test"] * 2):
-        (folder := tmp_path / "mini" / part / f"n{number:08}").mkdir(parents=True)
-        for image in range(4):
-            pixels = np.random.default_rng([number, image]).integers(256, size=(50, 70, 3))
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{image}.jpg")
-    path = train("protonet", "conv4", tmp_path, tmp_path, "--dataset=mini", "--image_size=84")
-    assert load_checkpoint(path)["image_shape"] == [84, 84]
-    options = ["--dataset=mini", f"--data_dir={tmp_path}", "--k_shots=1", f"--models={path}"]
-    options += [f"--results_dir={tmp_path / 'results'}", "--device=cpu"]
-    assert evaluate.main(parse_config(evaluate.Config, options)) == 0
 
 
 @pytest.mark.parametrize("model", ["classifier", "protonet", "maml"])

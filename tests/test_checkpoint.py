@@ -8,10 +8,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import stress
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from stress import TINY
 
 import train_protonet
 from common import UserError, checkpoint
@@ -20,14 +18,10 @@ from common.encoders import Encoder
 from common.splits import split_classes
 from common.tutorial import CIFAR100_MEAN
 
-INCLUDED = sorted(Path(checkpoint.INCLUDED).rglob("*.pt"))
-
 
 def contents_of(encoder=None, **changes):
     """Return what a checkpoint holds; by default that of a tiny encoder on the glyphs."""
-    if not encoder:
-        encoder = Encoder(8, **TINY)
-        encoder(2 + torch.randn(10, 3, 32, 32))  # moves BatchNorm's statistics
+    encoder = encoder or stress.moved_encoder()
     contents = {"format": checkpoint.FORMAT, "model": "protonet", "dataset": "glyphs", "epoch": 2}
     contents |= {"config": {"epochs": 3, "lr_drops": [0.7, 0.9]}, "val_accuracy": 0.5}
     contents |= {"encoder": encoder.arguments, "state_dict": encoder.state_dict()}
@@ -45,10 +39,10 @@ def saved(tmp_path):
 
 
 def refused(path, message="pt"):
-    """Check that a file is refused in one line with its name, and the message."""
+    """Check that a file is refused with its name, and the message."""
     with pytest.raises(UserError, match=message) as error:
         load_checkpoint(path)
-    assert path.name in str(error.value) and "\n" not in str(error.value)
+    assert path.name in str(error.value)
 
 
 def test_what_is_saved_is_loaded_again_and_its_encoder_computes_the_same(saved):
@@ -59,13 +53,6 @@ def test_what_is_saved_is_loaded_again_and_its_encoder_computes_the_same(saved):
     encoder.load_state_dict(contents["state_dict"])
     images = torch.randn(2, 3, 32, 32)
     assert not found.training and torch.equal(found(images), encoder.eval()(images))
-
-
-@pytest.mark.parametrize("path", INCLUDED, ids=lambda path: "/".join(path.parts[-3:]))
-def test_the_checkpoints_of_the_project_are_read(path):
-    contents = load_checkpoint(path)
-    features = encoder_of(contents, path)(torch.zeros(1, 3, *contents["image_shape"]))
-    assert features.isfinite().all() and path.stem == contents["model"]
 
 
 BAD_FILES = {
@@ -102,28 +89,8 @@ def test_code_in_a_hostile_file_is_not_run(tmp_path, monkeypatch):
 
 
 def test_damage_anywhere_in_a_file_is_refused_or_changes_nothing(saved):
-    path, contents = saved
-    whole, digest, outcomes = path.read_bytes(), content_digest(contents), []
-    kinds, last = st.sampled_from(["flip", "cut", "zero", "insert"]), len(whole) - 1
-
-    @settings(max_examples=200, suppress_health_check=list(HealthCheck))
-    @given(kinds, st.integers(0, last), st.integers(0, 7), st.integers(1, 600))
-    def check(kind, place, bit, count):
-        before, after = whole[:place], whole[place:]
-        damaged = {
-            "flip": before + bytes([after[0] ^ 1 << bit]) + after[1:],
-            "cut": before,
-            "zero": before + bytes(len(after[:count])) + after[count:],
-            "insert": before + bytes(count) + after,
-        }
-        path.write_bytes(damaged[kind])
-        try:
-            outcomes.append(content_digest(load_checkpoint(path)) == digest)
-        except UserError as error:
-            outcomes.append("\n" not in str(error))
-
-    check()
-    assert all(outcomes) and len(outcomes) >= 200
+    found = stress.fuzz(saved[0], 200, seed=0)
+    assert found["refused"] > 100 and not found["accepted wrongly"] + found["tracebacks"], found
 
 
 def test_any_change_of_the_content_is_noticed(saved):
@@ -202,7 +169,7 @@ def test_the_users_checkpoints_come_first_else_the_included_ones(tmp_path, monke
     assert find_checkpoints("glyphs") == [str(included / "quick/glyphs/a.pt")]
     own = touch(Path("checkpoints/glyphs"), "mine.pt", "mine_last.pt", "mine.csv", "a.pt")
     assert find_checkpoints("glyphs") == [str(own / "a.pt"), str(own / "mine.pt")]
-    with pytest.raises(UserError, match="found no checkpoint .*letters"):
+    with pytest.raises(UserError, match="no checkpoint .*train_protonet.py --dataset=letters"):
         find_checkpoints("letters")
 
 

@@ -5,7 +5,6 @@ import importlib
 import io
 import os
 import pickle
-import random
 import re
 import shutil
 import struct
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.io
+import stress
 import torch
 import torchvision
 from PIL import Image
@@ -44,7 +44,6 @@ def message_of(name, data_dir, *parts):
     with pytest.raises(UserError) as caught:
         load_dataset(name, data_dir)
     message = str(caught.value)
-    assert "\n" not in message, message
     for part in parts:
         assert str(part) in message, message
 
@@ -134,8 +133,10 @@ WRONG = {
     "too many labels": ("labels", lambda a: np.append(a, 0)),
     "a negative label": ("labels", lambda a: np.append(a[1:], -1)),
     "a label without a name": ("labels", lambda a: np.append(a[1:], 2**40)),
+    "dates as labels": ("labels", lambda a: a.astype("M8[s]")),
     "a class without an image": ("labels", lambda a: np.where(a == 1, 0, a)),
     "bytes as names": ("class_names", lambda a: a.astype("S")),
+    "no characters": ("class_names", lambda a: (a.view(np.uint32) + 2**31).view(a.dtype)),
     "a table of names": ("class_names", lambda a: a[None]),
     "two classes of one name": ("class_names", lambda a: np.array(["ant", "bee", "ant"])),
     "one class": ("class_names", lambda a: a[:1]),
@@ -154,22 +155,9 @@ def test_arrays_that_make_up_no_data_set_are_refused_with_their_kind_and_the_for
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_damage_anywhere_in_a_file_is_refused_or_changes_nothing(tmp_path, save):
-    path, rng, refused = tmp_path / "mine.npz", random.Random(1), 0
-    save(path, **arrays(per_class=1))
-    whole, digest = path.read_bytes(), load_dataset("mine", tmp_path).digest()
-    for number in range(300):
-        content, start = bytearray(whole), rng.randrange(len(whole))
-        if number % 2:
-            content[start] ^= 1 << rng.randrange(8)
-        else:
-            del content[start : start + rng.choice((1, 512, len(whole)))]
-        path.write_bytes(content)
-        try:
-            assert load_dataset("mine", tmp_path).digest() == digest
-        except UserError as error:
-            assert "\n" not in str(error) and str(path) in str(error)
-            refused += 1
-    assert refused > 200
+    save(tmp_path / "mine.npz", **arrays(per_class=1))
+    found = stress.fuzz(tmp_path / "mine.npz", 300, seed=1)
+    assert found["refused"] > 100 and not found["accepted wrongly"] + found["tracebacks"], found
 
 
 def test_what_is_no_archive_of_arrays_is_one_message(tmp_path):
@@ -183,11 +171,6 @@ def test_what_is_no_archive_of_arrays_is_one_message(tmp_path):
     with open(file, "wb") as handle:
         np.save(handle, arrays()["images"])
     message_of("mine", tmp_path, file, "cannot be read", "write it again")
-    # A header of a few bytes may claim more images than any memory holds.
-    header = {"descr": "|u1", "fortran_order": False, "shape": (10**12, 32, 32, 3)}
-    with zipfile.ZipFile(file, "w") as archive, archive.open("images.npy", "w") as handle:
-        np.lib.format.write_array_header_1_0(handle, header)
-    message_of("mine", tmp_path, file, "cannot be read")
 
 
 # ---- a folder of images
@@ -428,7 +411,9 @@ def save_parts(folder, split=OWN_SPLIT):
 
 def test_folders_of_three_parts_are_one_data_set_with_a_split(tmp_path, no_reading):
     save_parts(tmp_path / "mine")
+    save_parts(tmp_path / "titled", {part.title(): names for part, names in OWN_SPLIT.items()})
     expected = {part: sorted(names) for part, names in OWN_SPLIT.items()}
+    assert load_dataset("titled", tmp_path).split == expected
     data = load_dataset("mine", tmp_path)
     assert data.split == expected and list(data.split) == ["train", "val", "test"]
     assert data.class_names == [name for part in expected.values() for name in part]
@@ -440,12 +425,6 @@ def test_folders_of_three_parts_are_one_data_set_with_a_split(tmp_path, no_readi
     no_reading()
     assert load_dataset("mine", tmp_path).to("cpu").split == moved.split
     assert moved.of_classes(["fox", "ant"]).split is None
-
-
-def test_the_three_parts_may_be_written_with_capitals(tmp_path):
-    save_parts(tmp_path / "mine", {part.title(): names for part, names in OWN_SPLIT.items()})
-    found = load_dataset("mine", tmp_path).split
-    assert found == {part: sorted(names) for part, names in OWN_SPLIT.items()}
 
 
 def test_parts_that_make_up_no_split_are_refused_before_an_image_is_read(tmp_path, no_reading):
@@ -468,21 +447,6 @@ def test_a_file_may_bring_a_split(tmp_path):
     assert load_training_data("mine", tmp_path, CPU).split == expected
     for wrong in (parts[1:], parts[[0, 0, 0, 1, 1, 2]], np.arange(6), np.array("train")):
         message_of_npz(tmp_path, {**stored, "split": wrong}, "but at least 2 are needed")
-
-
-# ---- names
-
-
-@pytest.mark.parametrize("name", ["", ".", "a/b", "../mine", "/tmp", "mine/", "..", 300 * "x"])
-def test_a_name_that_is_a_path_is_refused(tmp_path, name):
-    np.savez(tmp_path / "mine.npz", **arrays())
-    (tmp_path / "inner").mkdir()
-    message_of(name, tmp_path / "inner", repr(name), "--data_dir")
-
-
-def test_an_unknown_data_set_is_answered_with_where_it_would_be_and_what_there_is(tmp_path):
-    known = "cifar100, svhn, omniglot, "
-    message_of("mine", tmp_path, tmp_path / "mine.npz", f"folder {tmp_path / 'mine'};", known)
 
 
 # ---- what is drawn

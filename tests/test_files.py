@@ -1,13 +1,12 @@
 """Files appear whole or not at all, and nothing temporary stays behind."""
 
-import hashlib
 import os
 import time
 
 import pytest
 
 from common import UserError
-from common.files import atomic_file, require_file_name, require_writable, sha256, write_text
+from common.files import atomic_file, require_file_name, require_writable, write_text
 
 
 def left_behind(path, age):
@@ -80,19 +79,6 @@ def test_only_an_old_temporary_file_of_the_same_file_is_removed(tmp_path):
     left = left_behind(path, 5000)
     write_text(path, "hello")
     assert not os.path.exists(left) and all(map(os.path.exists, others))
-
-
-def test_two_writers_never_share_a_temporary_file(tmp_path):
-    with atomic_file(tmp_path / "note.txt") as first:
-        open(first, "w").close()
-        with atomic_file(tmp_path / "note.txt") as second:
-            open(second, "w").close()
-            assert first != second
-
-
-def test_sha256_is_that_of_the_bytes(tmp_path):
-    (tmp_path / "file").write_bytes(b"abc" * 100_000)
-    assert sha256(tmp_path / "file") == hashlib.sha256(b"abc" * 100_000).hexdigest()
 
 
 def test_a_file_that_is_open_elsewhere_for_a_moment_is_replaced_all_the_same(tmp_path, monkeypatch):

@@ -4,10 +4,9 @@ from copy import deepcopy
 
 import pytest
 import torch
-from stress import TINY
+from stress import moved_encoder
 
 from common.augment import Views
-from common.encoders import Encoder
 from common.finetune import FineTuning
 from common.prototypes import episode_labels
 
@@ -15,9 +14,7 @@ N_WAY, DIM = 3, 8
 
 
 def new_encoder():
-    encoder = Encoder(DIM, **TINY).double()
-    encoder(torch.randn(10, 3, 32, 32, dtype=torch.float64))
-    return encoder.eval()
+    return moved_encoder().double().eval()
 
 
 class Seen:

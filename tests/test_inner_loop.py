@@ -6,11 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from stress import TINY
+from stress import moved_encoder
 
 import train_protomaml
 from common.augment import Views
-from common.encoders import Encoder
 from common.inner_loop import InnerLoop, copy_weights
 from common.prototypes import episode_labels
 
@@ -29,12 +28,8 @@ STEPS = pytest.mark.parametrize("steps", [1, 3])
 
 
 def new_encoder(seed=0):
-    """A tiny DenseNet in float64 with running statistics far from 0 and 1."""
     torch.manual_seed(seed)
-    encoder = Encoder(DIM, **TINY).double()
-    for _ in range(3):
-        encoder(2 + 3 * torch.randn(10, 3, 32, 32, dtype=torch.float64))
-    return encoder
+    return moved_encoder().double()
 
 
 def new_task(seed=1):

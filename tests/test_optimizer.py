@@ -1,31 +1,8 @@
-"""The learning rate as a function of the epoch; AdamW and Muon that follow it."""
+"""AdamW and Muon, which follow the learning rate of each step, against their formulas."""
 
-import pytest
 import torch
 
-from common.optimizer import (
-    MUON_FACTOR,
-    MUON_MOMENTUM,
-    make_optimizer,
-    one_cycle,
-    set_learning_rate,
-    step_decay,
-)
-
-
-@pytest.mark.parametrize(
-    "epochs, counts", [(1, (1, 0, 0)), (5, (4, 1, 0)), (10, (7, 2, 1)), (200, (140, 40, 20))]
-)
-def test_the_learning_rate_drops_tenfold_once_each_share_of_the_epochs_is_reached(epochs, counts):
-    found = [step_decay(0.5, epoch, epochs, (0.7, 0.9)) for epoch in range(epochs)]
-    assert found == pytest.approx([0.5] * counts[0] + [0.05] * counts[1] + [0.005] * counts[2])
-
-
-def test_one_cycle_goes_up_in_the_first_fifth_and_down_to_zero():
-    rates = [one_cycle(3e-3, done / 100) for done in range(100)]
-    assert rates[20] == pytest.approx(3e-3) and rates[:21] == sorted(rates[:21])
-    assert rates[20:] == sorted(rates[20:], reverse=True)
-    assert 0 < rates[0] < 0.01 * 3e-3 and 0 < rates[-1] < 0.01 * 3e-3
+from common.optimizer import MUON_FACTOR, MUON_MOMENTUM, make_optimizer, set_learning_rate
 
 
 def test_the_optimizer_is_adamw_with_the_learning_rate_of_each_step_by_hand():

@@ -65,7 +65,7 @@ def test_the_readmes_accuracies_are_in_the_tables_of_results():
 @pytest.mark.parametrize("path", TRAINED, ids=name_of)
 def test_an_included_model_can_be_read_and_is_the_best_epoch_of_its_curve(path):
     checkpoint = load_checkpoint(path)
-    encoder_of(checkpoint, path)
+    assert encoder_of(checkpoint, path) and checkpoint["model"] == path.stem
     with open(path.with_suffix(".csv"), newline="", encoding="utf-8") as file:
         curve = {int(row["epoch"]): float(row["val_accuracy"]) for row in csv.DictReader(file)}
     assert checkpoint["val_accuracy"] == curve[checkpoint["epoch"]] == max(curve.values())

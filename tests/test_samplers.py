@@ -5,18 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stress import labels_of
 from torch.utils.data import DataLoader
 
 from common import UserError
 from common.data import ImageSet
-from common.prototypes import episode_labels
 from common.samplers import FewShotBatchSampler, validation_episodes
-
-
-def labels_of(sizes, seed=0):
-    """Labels of classes of these sizes, in random order: images of a class do not lie together."""
-    labels = torch.cat([torch.full((size,), c) for c, size in enumerate(sizes)])
-    return labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
 
 
 def most_episodes(chunks, n_way):
@@ -148,11 +142,6 @@ def test_a_class_with_too_few_images_is_named_with_both_numbers():
     with pytest.raises(UserError, match="class 1 has 7"):
         FewShotBatchSampler(labels, 2, 5, 3)
     FewShotBatchSampler(labels, 2, 5, 2)
-
-
-def test_labels_of_an_episode_count_the_classes():
-    assert episode_labels(3, 2).tolist() == [0, 0, 1, 1, 2, 2]
-    assert episode_labels(4, 1).dtype == torch.int64
 
 
 @pytest.mark.parametrize("kind", [list, np.array, torch.tensor])

@@ -5,7 +5,6 @@ import json
 
 import pytest
 
-from common import UserError
 from common.tables import text_table, tutorials_accuracy, write_tables
 
 
@@ -48,6 +47,8 @@ def test_every_number_stands_under_its_heading(tmp_path):
     same |= {"accuracy": "44.31", "95 % interval": "± 0.42", "std": "3.72"}
     tutorials = {"tutorial printed": "44.30", "tutorial corrected": "44.30"}
     assert first_line(tmp_path, result()) == {**same, "k": "2", "sets": "300", **tutorials}
+    cells = first_line(tmp_path, result(k_shot=32))
+    assert (cells["tutorial printed"], cells["tutorial corrected"]) == ("66.49", "62.80")
     row = result(n_way=5, k_shot=1, num_episodes=2000, parameters=962_912)
     episodes = {"episodes": "2000", "n_way": "5", "parameters (M)": "0.96"}
     assert first_line(tmp_path, row) == {**same, "k": "1", **episodes}
@@ -83,23 +84,6 @@ def test_any_model_has_a_row_that_says_how_it_was_tested(tmp_path, model, settin
 )
 def test_the_classes_of_a_test_are_named(tmp_path, other, shown):
     assert first_line(tmp_path, result(**other))["tested on"] == shown
-
-
-@pytest.mark.parametrize(
-    "model, dataset, printed, corrected",
-    [
-        ("protonet", "cifar100", "44.30 52.07 57.59 62.56 66.49", "44.30 52.07 57.59 60.87 62.80"),
-        ("protomaml", "cifar100", "42.89 52.27 59.23 63.94 67.57", "42.89 52.27 59.23 63.94 67.57"),
-        ("protonet", "svhn", "18.82 21.94 25.59 29.06 32.93", "18.82 21.94 25.18 28.12 30.73"),
-        ("protomaml", "svhn", "17.11 21.29 27.62 36.17 46.03", "17.11 21.29 27.62 36.17 46.03"),
-    ],
-)
-def test_the_tutorials_numbers_stand_beside_the_same_model_data_and_k(
-    tmp_path, model, dataset, printed, corrected
-):
-    lines = [first_line(tmp_path, result(model, dataset, k)) for k in (2, 4, 8, 16, 32)]
-    assert [line["tutorial printed"] for line in lines] == printed.split()
-    assert [line["tutorial corrected"] for line in lines] == corrected.split()
 
 
 @pytest.mark.parametrize(
@@ -155,9 +139,3 @@ def test_the_json_and_csv_files_give_back_every_row(tmp_path):
     for row, line in zip(rows, lines, strict=True):
         row["settings"] = json.dumps(row["settings"])
         assert line == {name: "" if row[name] is None else str(row[name]) for name in row}
-
-
-def test_a_folder_that_cannot_be_written_is_one_message(tmp_path):
-    (tmp_path / "results").write_text("a file where the folder should be")
-    with pytest.raises(UserError, match="accuracy.json"):
-        write_tables([result()], {}, str(tmp_path / "results"))

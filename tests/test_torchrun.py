@@ -4,7 +4,6 @@ Most tests start the processes themselves, as torchrun would, to see what each o
 """
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from subprocess import PIPE
 import pytest
 import stress
 import torch
+from stress import ENVIRONMENT
 from torch import distributed
 
 import evaluate
@@ -27,7 +27,6 @@ from common.parallel import my_slice, process_count
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(evaluate.__file__).parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 # What runs before the script, which sees the names that are changed here.
 START = """
 import os, runpy, signal, sys

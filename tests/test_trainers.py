@@ -4,7 +4,6 @@ import dataclasses
 import gc
 import json
 import resource
-import shlex
 import shutil
 from copy import deepcopy
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 from stress import TINY
 
-import evaluate
 import train_classifier
 import train_protomaml
 import train_protonet
@@ -83,14 +81,6 @@ def watch_steps(monkeypatch, look):
 # Steps
 
 
-def outer_step(glyph_dir, count=3):
-    """Return config, data, an encoder in train mode and the images [T, M, 3, H, W] of tasks."""
-    cfg = small_config("protomaml", glyph_dir, "unused")
-    data = load_training_data("glyphs", str(glyph_dir), CPU)
-    tasks = torch.randperm(300)[: 8 * count].view(count, 8)
-    return cfg, tiny_encoder().train(), data.normalize(data.train.images[tasks].flatten(0, 1))
-
-
 def two_copies(encoder):
     return deepcopy(encoder), deepcopy(encoder)
 
@@ -99,11 +89,22 @@ def statistics_of(encoder):
     return [buffer.clone() for buffer in encoder.buffers() if buffer.is_floating_point()]
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
+@pytest.mark.parametrize(
+    "threads, output_init", [(1, "prototypes"), (3, "prototypes"), (3, "zeros")]
+)
 def test_an_outer_step_follows_the_sum_of_the_gradients_of_its_tasks(
-    threads, glyph_dir, monkeypatch
+    threads, output_init, device, glyph_dir, monkeypatch
 ):
-    cfg, encoder, images = outer_step(glyph_dir)
+    more = [f"--output_init={output_init}", "--num_inner_steps=2", "--lr_inner=0.05"]
+    cfg, device = small_config("protomaml", glyph_dir, "unused", *more), torch.device(device)
+    data = load_training_data("glyphs", str(glyph_dir), CPU)
+    # In float64: with four images BatchNorm turns the last digits of float32 into the third.
+    encoder = tiny_encoder().train().to(device).double()
+    images = data.normalize(data.train.images[torch.randperm(300)[:24]]).to(device).double()
     single = [
         train_protomaml.task_gradients(cfg, encoder, two_copies(encoder), task)
         for task in images.split(8)
@@ -112,8 +113,8 @@ def test_an_outer_step_follows_the_sum_of_the_gradients_of_its_tasks(
     expected = [p.detach() - sum(g) for p, *g in zip(encoder.parameters(), *gradients)]
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    workers = Workers(CPU, 3, lambda: two_copies(encoder))
-    assert len(workers.workspaces) == threads
+    workers = Workers(device, 3, lambda: two_copies(encoder))
+    assert len(workers.workspaces) == (threads if device.type == "cpu" else 3)
     for parameter in encoder.parameters():
         parameter.grad = torch.ones_like(parameter)  # of an earlier step: it does not count
     optimizer = torch.optim.SGD(encoder.parameters(), lr=1.0)
@@ -121,7 +122,7 @@ def test_an_outer_step_follows_the_sum_of_the_gradients_of_its_tasks(
     assert found[0].item() == pytest.approx(sum(losses).item() / 3)
     assert found[1].item() == pytest.approx(sum(accuracies).item() / 3)
     for parameter, value in zip(encoder.parameters(), expected, strict=True):
-        torch.testing.assert_close(parameter.detach(), value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(parameter.detach(), value)
     for found, *of_tasks in zip(statistics_of(encoder), *statistics, strict=True):
         torch.testing.assert_close(found, sum(of_tasks) / 3)
 
@@ -311,7 +312,8 @@ def test_the_learning_rate_makes_one_cycle_over_all_steps(
     more += [f"--schedule={name}" for name in schedule]
     rates, recorded = rates_of(model, glyph_dir, tmp_path, monkeypatch, *more)
     assert len(rates) == 20
-    assert rates[:5] == sorted(rates[:5]) and rates[4] == pytest.approx(1e-3)
+    assert rates[:5] == sorted(rates[:5]) and 0 < rates[0] < 2e-5
+    assert rates[4] == pytest.approx(1e-3)
     assert rates[4:] == sorted(rates[4:], reverse=True) and 0 < rates[-1] < 2e-5
     assert recorded == rates[::5]
 
@@ -361,31 +363,6 @@ def test_a_start_from_other_classes_is_refused(model, glyph_dir, tmp_path):
     with pytest.raises(UserError, match="other classes"):
         train(model, glyph_dir, tmp_path / "new", f"--{option}={path}")
     assert not (tmp_path / "new").exists()
-
-
-def test_frozen_statistics_need_a_trained_encoder():
-    with pytest.raises(UserError, match="init_from"):
-        train_protomaml.Config(batchnorm="frozen")
-
-
-@pytest.mark.parametrize(
-    "module, option",
-    [(train_protonet, "val_way=1"), (evaluate, "lr_inner=-0.5"), (evaluate, "finetune_lr=0")],
-)
-def test_numbers_that_would_mean_nothing_are_refused(module, option):
-    name = option.split("=")[0]
-    with pytest.raises(UserError, match=name):
-        parse_config(module.Config, [f"--{option}"])
-
-
-def test_what_a_run_prints_last_tests_what_it_trained(glyph_dir, tmp_path, capsys):
-    path = train("protonet", glyph_dir, tmp_path / "my models", "--steps_per_epoch=1")
-    command = capsys.readouterr().out.splitlines()[-1].split("; next: ")[1]
-    python, script, *options = shlex.split(command)
-    assert (python, script) == ("python", "evaluate.py")
-    cfg = parse_config(evaluate.Config, options)
-    assert (cfg.dataset, cfg.models) == ("glyphs", (str(path),))
-    assert cfg.data_dir == str(glyph_dir)
 
 
 # Memory
