@@ -369,9 +369,10 @@ def test_model(cfg, results_dir, device, image_set, k_shots, model, checkpoint):
     return [rows[k_shot] for k_shot in k_shots]
 
 
+@functools.cache
 def code_of_test():
     """Return a digest of the code that a result follows from, but for its comments."""
-    names = "augment encoders finetune inner_loop kshot prototypes".split()
+    names = "augment data encoders fast_densenet finetune inner_loop kshot prototypes".split()
     code = [Path(ROOT, "common", f"{name}.py").read_text("utf-8") for name in names]
     code.append(inspect.getsource(prepare_test))
     return content_digest([ast.dump(ast.parse(text)) for text in code])
