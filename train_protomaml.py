@@ -99,18 +99,18 @@ class Config:
 FROM_CLASSIFIER = (
     "--batchnorm=frozen --n_way=10 --k_shot=8 --n_query=8 --num_inner_steps=5 --lr_inner=0.004 "
     "--lr_output=0.004 --tasks_per_step=4 --lr=2e-4 --lr_drops=0.5 --epochs=2 "
-    "--steps_per_epoch=60 --val_episodes=30 --init_from="
+    "--steps_per_epoch=60 --val_episodes=30"
 )
 # A recipe is what one would type behind the script's name.
 RECIPES = {
     "tutorial": "",
     # From the classifier of its recipe fast; docs/speedrun.md has what was tried.
     "fast": (
-        f"{FROM_CLASSIFIER}checkpoints/fast/cifar100/classifier.pt --precision=bfloat16 "
-        "--checkpoint_dir=checkpoints/fast"
+        f"{FROM_CLASSIFIER} --init_from=checkpoints/fast/cifar100/classifier.pt "
+        "--precision=bfloat16 --checkpoint_dir=checkpoints/fast"
     ),
     # From the trained classifier, for CIFAR-100; docs/experiments.md has the numbers behind it.
-    "best": f"{FROM_CLASSIFIER}checkpoints/best/cifar100/classifier.pt",
+    "best": f"{FROM_CLASSIFIER} --init_from=checkpoints/best/cifar100/classifier.pt",
 }
 
 

@@ -138,7 +138,7 @@ def train_step(cfg, encoder, optimizer, images):
     # Support and query go through the encoder in one batch: BatchNorm uses the statistics of both.
     features = encoder(images)  # [N*(K+Q), D]
     support, query = features.split([cfg.n_way * cfg.k_shot, cfg.n_way * cfg.n_query])
-    if cfg.leave_one_out:  # every image is a query, and its own prototype does without it
+    if cfg.leave_one_out:  # every image is a query; the prototype of its class does without it
         sets = [each.unflatten(0, (cfg.n_way, -1)) for each in (support, query)]
         logits, labels = leave_one_out(torch.cat(sets, dim=1))  # [N*(K+Q), N]
     else:

@@ -32,7 +32,7 @@ class FewShotBatchSampler:
 
         if N_way < 1 or K_shot < 1 or num_query < 0:
             found = f"{N_way}-way {K_shot}-shot episodes of {num_query} queries per class"
-            raise UserError(f"there are no {found}; pass 1 or more, and no fewer than 0 queries")
+            raise UserError(f"there are no {found}; way and shot are 1 or more, queries 0 or more")
         targets = class_numbers(targets)
         classes, counts = (each.tolist() for each in torch.unique(targets, return_counts=True))
         if N_way > len(classes):
