@@ -55,9 +55,10 @@ def run_script(main, config_class, recipes=None, torchrun=True):
             message += f"; python -X dev {script} ... shows where"
         code = _fail(f"{script}: error: {message}", 2)
     others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
-    if code and ("RANK" in os.environ or any(not thread.daemon for thread in others)):
-        # Python would wait for the threads until they finish, an adaptation of a minute perhaps,
-        # and torch.distributed for processes that have ended.
+    if "RANK" in os.environ or code and any(not thread.daemon for thread in others):
+        # Python would wait for the threads until they finish, an adaptation of a minute perhaps;
+        # torch.distributed would wait for processes that have ended, and now and then its threads
+        # abort a process whose work is done ("terminate called without an active exception").
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)
     sys.exit(code)

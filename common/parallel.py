@@ -4,7 +4,6 @@ torchrun's processes run the same script and draw the same random numbers; each 
 of the tasks, and sums over all tasks are exchanged. The first one alone reads and writes files.
 """
 
-import atexit
 import itertools
 import os
 import sys
@@ -168,7 +167,6 @@ def _communicate(operation, *arguments):
                 text = f"waiting until all {process_count()} processes are there; Ctrl-C ends it"
                 print(text, file=sys.stderr, flush=True)
             starting.result()
-            atexit.register(distributed.destroy_process_group)
         operation(*arguments)
     except (RuntimeError, ValueError) as error:
         raise UserError(

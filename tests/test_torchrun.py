@@ -34,12 +34,9 @@ import os, runpy, signal, sys
 rank = int(os.environ.get("RANK", 0))
 {before}
 del sys.argv[0]
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-finally:
-    {after}
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
-# A tiny encoder that computes in float64; notes what all_reduce gives in each step.
+# A tiny encoder that computes in float64; writes down what all_reduce gives in each step.
 WATCHED = """
 import torch
 from common import checkpoint, data, encoders, parallel
@@ -53,6 +50,7 @@ def noting(sums=(), means=()):
     all_reduce(sums, means)
     if len(means) > 1:
         notes.append([[tensor.clone() for tensor in group] for group in (sums, means)])
+        rank or torch.save(notes, {path!r})
 
 dtype, notes, all_reduce = torch.{dtype}, [], parallel.all_reduce
 as_ever = checkpoint.starting_encoder
@@ -60,7 +58,6 @@ parallel.all_reduce, checkpoint.starting_encoder = noting, starting_encoder
 normalize = data.TrainingData.normalize
 data.TrainingData.normalize = lambda self, images: normalize(self, images).to(dtype)
 """
-SAVE_NOTES = "rank or torch.save(notes, {path!r})"
 # In the first step of the second epoch the process of rank 1 is killed.
 KILLED = """
 from common import training_run
@@ -72,12 +69,12 @@ track_as_ever, training_run.TrainingRun.track = training_run.TrainingRun.track, 
 """
 
 
-def run(count, script, *arguments, before="", after="pass"):
+def run(count, script, *arguments, before=""):
     """Run a script in `count` processes, as torchrun does; return [(exit code, output, errors)]."""
     store = distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     own = {"MASTER_ADDR": "localhost", "MASTER_PORT": f"{store.port}", "WORLD_SIZE": f"{count}"}
     own["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-    command = [sys.executable, "-c", START.format(before=before, after=after), script, *arguments]
+    command = [sys.executable, "-c", START.format(before=before), script, *arguments]
     processes = []
     for rank in range(count):
         environment = {**ENVIRONMENT, **own, "RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}
@@ -144,10 +141,10 @@ def uninterrupted(glyph_dir, tmp_path_factory):
 
 def watched_steps(count, dtype, model, glyph_dir, folder, *more):
     """Train; return for each step what is exchanged: (sums, [loss, accuracy, ...])."""
-    path, watch = folder / f"notes{count}.pt", WATCHED.format(dtype=dtype)
-    save = SAVE_NOTES.format(path=str(path))
+    path = folder / f"notes{count}.pt"
+    watch = WATCHED.format(dtype=dtype, path=str(path))
     folder = folder / f"{count}"
-    results = train(count, model, glyph_dir, folder, *more, before=watch, after=save)
+    results = train(count, model, glyph_dir, folder, *more, before=watch)
     assert [code for code, *_ in results] == [0] * count, results
     return torch.load(path)
 
@@ -196,7 +193,9 @@ def test_a_test_by_two_processes_gives_the_bytes_of_one(uninterrupted, glyph_dir
     options += ["--finetune_steps=1", "--num_inner_steps=2", "--max_support_sets=3", "--device=cpu"]
     here, there = (f"--results_dir={tmp_path / name}" for name in ("one", "two"))
     evaluate.main(parse_config(evaluate.Config, [*options, here]))
-    results = run(2, "evaluate.py", *options, there)
+    # A process whose work is done does not wait for the interpreter's end, which may abort it.
+    late = "import atexit; atexit.register(os.abort)"
+    results = run(2, "evaluate.py", *options, there, before=late)
     assert [code for code, *_ in results] == [0, 0], results
     assert not results[1][1] and not results[1][2]
     for name in ("accuracy.json", "accuracy.csv", "models_glyphs.svg"):
