@@ -65,6 +65,7 @@ class Config:
     classes: str = "test"  # held-out classes: test for the final table, val to choose settings on
     k_shots: tuple[int, ...] = (2, 4, 8, 16, 32)  # support images per class, one test for each
     views: int = 1  # of each image, averaged over; 2: with its horizontal flip, more: random crops
+    min_view_area: float = 0.7  # area of the smallest of these, as a share of the image
     num_episodes: int = 0  # random episodes per k, as in papers; 0: the k-shot test of all classes
     n_way: int = 5  # classes per random episode
     n_query: int = 15  # queries per class and random episode
@@ -83,7 +84,8 @@ class Config:
 
     def __post_init__(self):
         require(self, "k_shots and min(k_shots) >= 1", "len(set(k_shots)) == len(k_shots)")
-        require(self, "views >= 1", "num_episodes >= 0", "n_way >= 2", "n_query >= 1")
+        require(self, "views >= 1", "0 < min_view_area <= 1", "views > 2 or min_view_area == 0.7")
+        require(self, "num_episodes >= 0", "n_way >= 2", "n_query >= 1")
         require(self, "num_inner_steps != 0", "finetune_lr == -1 or finetune_lr > 0")
         require(self, *(f"{name} == -1 or {name} >= 0" for name in COLUMNS))
         require(self, "classes in ('test', 'val')", "precision in ('float32', 'bfloat16')")
@@ -299,7 +301,7 @@ def test_settings(cfg, model, checkpoint, image_set, k_shot):
     if model == "pixels":
         return other
     # Compared with the original defaults: Config may have been edited.
-    for name, plain in (("views", 1), ("precision", "float32")):
+    for name, plain in (("views", 1), ("min_view_area", 0.7), ("precision", "float32")):
         if (value := getattr(cfg, name)) != plain:
             other[name] = value
     where = "own" if image_set.name == cfg.dataset else "unseen"
@@ -372,8 +374,9 @@ def test_model(cfg, results_dir, device, image_set, k_shots, model, checkpoint):
 @functools.cache
 def code_of_test():
     """Return a digest of the code that a result follows from, but for its comments."""
-    names = "augment data encoders fast_densenet finetune inner_loop kshot prototypes".split()
-    code = [Path(ROOT, "common", f"{name}.py").read_text("utf-8") for name in names]
+    names = "augment cuda_graph data encoders fast_densenet finetune inner_loop kshot parallel "
+    names += "prototypes samplers"
+    code = [Path(ROOT, "common", f"{name}.py").read_text("utf-8") for name in names.split()]
     code.append(inspect.getsource(prepare_test))
     return content_digest([ast.dump(ast.parse(text)) for text in code])
 
@@ -400,7 +403,7 @@ def prepare_test(cfg, encoder, checkpoint, image_set, n_way, bar):
     if encoder:
         encoder.to(labels.device).precision = cfg.precision
     normalized = partial(normalize, mean=checkpoint["mean"], std=checkpoint["std"])
-    views = Views(image_set.images, cfg.views, normalized)
+    views = Views(image_set.images, cfg.views, normalized, cfg.min_view_area)
 
     @functools.cache
     def features():  # [N, D]

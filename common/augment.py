@@ -12,7 +12,6 @@ import torch
 
 RATIO = (0.9, 1.1)  # width of the crop over its height
 ATTEMPTS = 10  # crops drawn until one fits into the image, as in torchvision
-MIN_VIEW_AREA = 0.7  # of the smallest crop among the views of a test
 
 
 class AugmentedBatches:
@@ -56,15 +55,16 @@ class Views:
     """Several views of each image, whose mean a test takes (Bendou et al. 2022, "EASY").
 
     The first is the image itself, the second its horizontal flip; then follow random crops of the
-    one and the other in turn, down to MIN_VIEW_AREA. images [N, 3, H, W]; count: views of each;
-    normalize: what is done to a batch of views last. The same numbers draw the same crops.
+    one and the other in turn, down to the share min_crop_area of the image. images [N, 3, H, W];
+    count: views of each; normalize: what is done to a batch of views last. The same numbers draw
+    the same crops.
     """
 
-    def __init__(self, images, count=1, normalize=lambda images: images):
+    def __init__(self, images, count=1, normalize=lambda images: images, min_crop_area=0.7):
         self.images, self.count, self.normalize = images, count, normalize
         if count > 1:
             size, generator = images.shape[2:], torch.Generator().manual_seed(0)
-            boxes, _ = draw_augmentation(len(images) * count, *size, generator, MIN_VIEW_AREA)
+            boxes, _ = draw_augmentation(len(images) * count, *size, generator, min_crop_area)
             boxes = boxes.view(-1, count, 4)
             boxes[:, :2] = torch.tensor([0, 0, *size])
             self.boxes = boxes.to(images.device)

@@ -31,6 +31,8 @@ def variant(settings):
     views, precision = settings.get("views", 1), settings.get("precision", "float32")
     text = ", 0 steps" if settings.get("finetune_steps") == 0 else ""
     text += f", {views} views" if views > 1 else ""
+    area = settings.get("min_view_area", 0.7)
+    text += f", crops from {100 * area:g} %" if area != 0.7 else ""
     return text + (f", {precision}" if precision != "float32" else "")
 
 

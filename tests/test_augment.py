@@ -8,7 +8,6 @@ import torchvision.transforms.functional as TF
 from torchvision.transforms import RandomResizedCrop
 
 from common.augment import (
-    MIN_VIEW_AREA,
     AugmentedBatches,
     Views,
     augment,
@@ -157,7 +156,7 @@ def test_of_two_processes_each_takes_every_second_task_with_its_draws():
 
 def test_the_views_are_the_image_its_flip_and_then_crops_of_both_in_turn():
     images = torch.rand(5, 3, 32, 40, dtype=torch.float64)
-    views, indices = Views(images, 6), torch.tensor([3, 0])
+    views, indices = Views(images, 6, min_crop_area=0.5), torch.tensor([3, 0])
     found = views.images_of(indices).unflatten(0, (2, 6))
     assert torch.equal(found[:, 0], images[indices])
     assert torch.equal(found[:, 1], images[indices].flip(3))
@@ -165,12 +164,12 @@ def test_the_views_are_the_image_its_flip_and_then_crops_of_both_in_turn():
     for row, image in enumerate(images[indices]):
         for view in range(2, 6):
             top, left, height, width = views.boxes[indices[row], view].tolist()
-            assert (height + 0.5) * (width + 0.5) >= MIN_VIEW_AREA * 32 * 40
+            assert (height + 0.5) * (width + 0.5) >= 0.5 * 32 * 40
             source = image.flip(2) if view % 2 else image
             crop = TF.resized_crop(source, top, left, height, width, (32, 40), antialias=False)
             torch.testing.assert_close(found[row, view], crop, rtol=1e-5, atol=1e-5)
     assert len(views.boxes[:, 2:].flatten(0, 1).unique(dim=0)) > 10  # each crop is another
-    assert torch.equal(Views(images, 6).images_of(indices), found.flatten(0, 1))
+    assert torch.equal(Views(images, 6, min_crop_area=0.5).images_of(indices), found.flatten(0, 1))
     assert torch.equal(Views(images).images_of(indices), images[indices])
 
 

@@ -192,6 +192,7 @@ def test_the_help_of_each_script_explains_every_option(script, capsys):
         ("evaluate", "--lr_inner=-0.5", "lr_inner is -0.5, but "),
         ("evaluate", "--finetune_lr=0", "finetune_lr is 0.0, but "),
         ("train_protonet", "--lr_drops=0.5,1.5", "lr_drops is 0.5,1.5, but all(0 < share <= 1"),
+        ("evaluate", "--min_view_area=0.4", "but views > 2 or min_view_area == 0.7 is needed"),
         ("evaluate", "--k_shots=2,4,2", "k_shots is 2,4,2, but len(set(k_shots)) == len(k_shots)"),
         ("classify", "--unsure=1.5", "unsure is 1.5, but 0 <= unsure <= 1 is needed; pass another"),
     ],

@@ -62,6 +62,7 @@ def test_every_number_stands_under_its_heading(tmp_path):
     [
         ("classifier", {}, "Classifier"),
         ("protomaml", {"views": 6}, "ProtoMAML, 6 views"),
+        ("maml", {"views": 6, "min_view_area": 0.4}, "MAML, 6 views, crops from 40 %"),
         ("pixels", {"views": 2, "precision": "bfloat16"}, "Pixels, 2 views, bfloat16"),
         ("protonet_finetuned", {"finetune_steps": 40}, "ProtoNet, fine-tuned"),
         ("protonet_finetuned", {"finetune_steps": 0}, "ProtoNet, fine-tuned, 0 steps"),
