@@ -408,7 +408,8 @@ def prepare_test(cfg, encoder, checkpoint, image_set, n_way, bar):
     @functools.cache
     def features():  # [N, D]
         if encoder:
-            return kshot.mean_features(encoder, views)
+            options = {"leave": False, "dynamic_ncols": True, "disable": bar.disable}
+            return kshot.mean_features(encoder, views, partial(tqdm, desc="features", **options))
         shrink = partial(F.interpolate, size=(32, 32), mode="area")
         small = [shrink(normalized(batch)) for batch in batches(views.images, 100)]
         return torch.cat(small).flatten(1)

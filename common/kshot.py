@@ -92,14 +92,15 @@ def adaptation(config, finetune_steps=None, finetune_lr=0.001, **overrides):
 
 
 @torch.no_grad()
-def mean_features(encoder, views):
-    """Return the features [N, D] of images, each the mean over its Views, in the encoder's mode."""
+def mean_features(encoder, views, progress=iter):
+    """Return the features [N, D] of images, each the mean over its Views, in the encoder's mode.
+
+    progress wraps the batches, to show how far it is.
+    """
     indices = torch.arange(len(views.images), device=views.images.device)
     batches = indices.split(max(1, batch_size(views.images, encoder) // views.count))
-    features = [
-        encoder(views.images_of(batch)).unflatten(0, (-1, views.count)) for batch in batches
-    ]
-    return torch.cat([batch.mean(dim=1) for batch in features])
+    features = (encoder(views.images_of(batch)) for batch in progress(batches))
+    return torch.cat([each.unflatten(0, (-1, views.count)).mean(dim=1) for each in features])
 
 
 def nearest_prototype_accuracies(features, labels, tasks, n_way, k_shot, progress=iter):
