@@ -44,9 +44,12 @@ from common.device import pick_device
 from common.encoders import Encoder, encode_in_batches
 from common.files import require_writable, sha256, write_text
 from common.parallel import is_first, on_first, process_count
-from common.prototypes import episode_labels
+from common.prototypes import episode_labels, linear_logits
 from common.splits import class_split, split_classes, split_name
 
+# How a model classifies, where not by squared distance: {"mymethod": function}, which takes queries
+# [Q, D] and prototypes [N, D] and returns logits [Q, N].
+LOGITS = {}
 DEFAULT_DOMAINS = {"cifar100": ("svhn",), "glyphs": ("glyph_digits",)}
 
 
@@ -89,7 +92,8 @@ class Config:
         require(self, "num_inner_steps != 0", "finetune_lr == -1 or finetune_lr > 0")
         require(self, *(f"{name} == -1 or {name} >= 0" for name in COLUMNS))
         require(self, "classes in ('test', 'val')", "precision in ('float32', 'bfloat16')")
-        require(self, "dataset not in domains", "len(set(domains)) == len(domains)")
+        require(self, "domains.count(dataset) == 0", "len(set(domains)) == len(domains)")
+        require(self, "num_episodes >= 1 or (n_way, n_query) == (5, 15)")  # the k-shot test has all
 
 
 # A recipe is what one would type behind the script's name.
@@ -159,7 +163,7 @@ def main(cfg):
         if model in cfg.finetune:
             models.append((f"{model}_finetuned", checkpoint))
     # Nearest class mean on 32x32 pixels, normalised as for the first model: no learning at all.
-    models.append(("pixels", models[0][1]))
+    models.append(("pixels", {**models[0][1], "model": "pixels"}))
     for (image_set, k_shots), model in product(image_sets, models):
         for k_shot in k_shots:
             test_settings(cfg, *model, image_set, k_shot)  # raises now rather than after hours
@@ -377,7 +381,7 @@ def code_of_test():
     names = "augment cuda_graph data encoders fast_densenet finetune inner_loop kshot parallel "
     names += "prototypes samplers"
     code = [Path(ROOT, "common", f"{name}.py").read_text("utf-8") for name in names.split()]
-    code.append(inspect.getsource(prepare_test))
+    code += map(inspect.getsource, (prepare_test, *LOGITS.values()))
     return content_digest([ast.dump(ast.parse(text)) for text in code])
 
 
@@ -427,7 +431,8 @@ def prepare_test(cfg, encoder, checkpoint, image_set, n_way, bar):
         if how:
             where = (encoder, views, labels, tasks, n_way, k_shot, how, progress, cfg.cuda_graphs)
             return kshot.adapted_accuracies(*where)
-        where = (features(), labels, tasks, n_way, k_shot, progress)
+        logits_of = LOGITS.get(checkpoint["model"], linear_logits)
+        where = (features(), labels, tasks, n_way, k_shot, progress, logits_of)
         return kshot.nearest_prototype_accuracies(*where)
 
     return test

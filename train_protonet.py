@@ -194,9 +194,13 @@ def main(cfg):
         run.end_epoch(learning_rate(cfg, epoch), *result)
     run.finish(f"{cfg.n_way}-way {cfg.k_shot}-shot", f"{val_way}-way {cfg.k_shot}-shot")
     if cfg.test:
-        models = f"{run.path}.pt,checkpoints/quick/{cfg.dataset}"
+        models, included = f"{run.path}.pt", f"checkpoints/quick/{cfg.dataset}"
+        if os.path.isdir(os.path.join(ROOT, included)):
+            models += f",{included}"
         options = [f"--dataset={cfg.dataset}", f"--recipe={cfg.test}", f"--models={models}"]
         options.append(f"--data_dir={cfg.data_dir}")
+        if (ways := len(data.split["test"])) < 10:
+            options.append(f"--n_way={ways}")
         command = [sys.executable, os.path.join(ROOT, "evaluate.py"), *options]
         return subprocess.run(command).returncode
 

@@ -21,6 +21,7 @@ def first_line(error):
     """Return the first line of an error's message, or its class where it has none."""
     lines = re.sub(r"\x1b\[[\d;]*m", "", str(error)).strip().splitlines()  # no terminal's colours
     line = lines[0] if lines else type(error).__name__
+    line += f" {lines[1].strip()}" if line.endswith(":") and lines[1:] else ""
     return line if len(line) <= 300 else f"{line[:300]}..."
 
 

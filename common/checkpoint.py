@@ -56,7 +56,7 @@ def load_checkpoint(path):
         return pretrained_checkpoint(path)
     path = included_or(path)
     if not os.path.isfile(path):
-        raise UserError(f"there is no checkpoint {path}; train one first, or pass another file")
+        raise UserError(f"there is no file {path}; train a model first, or pass another file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the error says it in one line
@@ -78,9 +78,12 @@ def load_checkpoint(path):
             found += "it could run code of the file"
             how = "save it again with plain values alone: str(path), float(number)"
             raise UserError(f"{found}; {how}") from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        if "weights_only" in reason:  # torch's advice to run what is in the file
+            reason = "it holds neither tensors nor plain values"
         raise UserError(
-            f"{path} is damaged, or no checkpoint of this project ({type(error).__name__}: "
-            f"{first_line(error)}); train again or pass another file"
+            f"{path} is damaged, or no checkpoint of this project ({reason}); train again or pass "
+            "another file"
         ) from error
 
 
@@ -123,7 +126,8 @@ def find_checkpoints(dataset, named=()):
             break
     if not found:
         train = script_command("train_protonet.py", f"--dataset={dataset}")
-        raise UserError(f"found no checkpoint for {dataset}; train one ({train}) or name a file")
+        where = f"in {', '.join(named)}" if named else f"for {dataset}"
+        raise UserError(f"found no checkpoint {where}; train one ({train}) or name a file")
     return found
 
 

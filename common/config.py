@@ -48,9 +48,9 @@ def run_script(main, config_class, recipes=None, torchrun=True):
         code = _fail(f"{script}: {stopped}", 128 + (stop.args or (signal.SIGINT,))[0])
     except (UserError, RuntimeError, ValueError, OverflowError, MemoryError, OSError) as error:
         message = str(error)
+        if sys.flags.dev_mode and (error.__cause__ or not isinstance(error, UserError)):
+            raise
         if not isinstance(error, UserError):
-            if sys.flags.dev_mode:
-                raise
             message = f"{type(error).__name__}: {first_line(error)}"
             message += f"; python -X dev {script} ... shows where"
         code = _fail(f"{script}: error: {message}", 2)

@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import sys
 from collections import OrderedDict
 from copy import deepcopy
 
@@ -125,11 +126,16 @@ def network(name, weights, options):
     if is_pretrained(name):
         return Pretrained(name, weights), options
     path, _, class_name = name.rpartition(":")
+    if not path:
+        raise ValueError("there is no such network")
     if os.path.basename(path) != path:  # nor does a checkpoint from elsewhere name any file
         raise ValueError("its file has to lie in the folder that you are in")
     if options.get("file_sha256", digest := sha256(path)) != digest:
         print(f"{path} has changed since the training")
-    made = runpy.run_path(path)[class_name]()
+    sys.path.append(os.getcwd())  # for what it imports from this folder
+    if class_name not in (defined := runpy.run_path(path)):
+        raise ValueError(f"{path} defines no {class_name}")
+    made = defined[class_name]()
     if not all(parameter.requires_grad for parameter in made.parameters()) or not made.state_dict():
         raise ValueError("all of its parameters have to be trained, and there has to be one")
     return made, {"file_sha256": digest}
@@ -180,7 +186,9 @@ class Encoder(nn.Module):
                 features, options = network(name, weights, options)
                 with torch.no_grad():
                     shape = features.eval()(torch.zeros(1, 3, image_size, image_size)).shape
-                (_, length), last = shape, nn.Identity()
+                if len(shape) != 2:
+                    raise ValueError(f"of one image it gives {list(shape)}")
+                length, last = shape[1], nn.Identity()
                 if proto_dim:
                     last = nn.Linear(length, proto_dim)
                 self.num_features = proto_dim or length

@@ -49,7 +49,11 @@ def read_folder(folder, size, file=None, kept=None):
         found = f"{file.parent} has not twice {needed / 2**30:.1f} GiB free"
         raise UserError(f"{found}, which the images take; pass a smaller --image_size")
     with tempfile.TemporaryFile(dir=file.parent) if large else contextlib.nullcontext() as room:
-        images, bits = read_images(paths, size, str(folder), room=room)
+        images, bits = read_images(paths, size, str(folder), errors := {}, room=room)
+    if errors:
+        more = [shown(path) for path in errors][1:6]
+        more = f" (and {len(errors) - 1} more: {', '.join(more)})" if more else ""
+        raise UserError(f"{next(iter(errors.values()))}{more}")
     labels = np.repeat(np.arange(len(images_of), dtype=np.int64), list(map(len, images_of)))
     print_copies(images, paths, labels, class_names)
     print(f"{folder}: {len(paths):,} images in {len(images_of)} classes, brought to {size}x{size}")
@@ -160,7 +164,7 @@ def print_copies(images, paths, labels, class_names):
         if found:
             pair = [f"{shown(paths[n])} (class {class_names[labels[n]]!r})" for n in found[0]]
             example = f"for example {' and '.join(pair)}"
-            print(f"{len(found)} of {len(images)} images are {what}, {example}: {why}")
+            print(f"{len(found)} of {len(images)} images, as cropped, are {what}, {example}: {why}")
 
 
 def read_image(path, size, bits=16, facts=None):

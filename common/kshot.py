@@ -22,7 +22,7 @@ from common.encoders import batch_size
 from common.finetune import FineTuning
 from common.inner_loop import InnerLoop, inner_step
 from common.parallel import Workers, all_gather, my_slice
-from common.prototypes import episode_labels, make_prototypes, prototype_head
+from common.prototypes import episode_labels, linear_logits, make_prototypes
 from common.samplers import class_numbers, require_images
 
 
@@ -103,12 +103,14 @@ def mean_features(encoder, views, progress=iter):
     return torch.cat([each.unflatten(0, (-1, views.count)).mean(dim=1) for each in features])
 
 
-def nearest_prototype_accuracies(features, labels, tasks, n_way, k_shot, progress=iter):
+def nearest_prototype_accuracies(
+    features, labels, tasks, n_way, k_shot, progress=iter, logits_of=linear_logits
+):
     """Return the accuracy of each task by nearest prototype, float64 [S]: correct over all queries.
 
     features [N, D] and labels int64 [N] of all images; tasks int64 [S, n_way * k_shot] or, with
     queries, [S, n_way * (k_shot + Q)]; several processes share them. progress wraps this process's
-    tasks, to show how far it is.
+    tasks, to show how far it is. logits_of: as in `mean_loss`.
     """
     if features.device.type != "mps":  # which has no float64
         # 2 v.f - |v|^2 is a difference of large numbers: in TF32 the error would be noticeable.
@@ -117,9 +119,9 @@ def nearest_prototype_accuracies(features, labels, tasks, n_way, k_shot, progres
     tasks = _in_order(tasks, labels, n_way, k_shot)
     for task in progress(tasks[my_slice()].to(features.device)):
         support, queries, y_qry = _split_task(task, labels, n_way, k_shot)
-        weight, bias = prototype_head(make_prototypes(features[support], n_way))
+        prototypes = make_prototypes(features[support], n_way)
         classified = features if len(queries) == len(features) else features[queries]
-        found.append(_accuracy(F.linear(classified, weight, bias), y_qry))
+        found.append(_accuracy(logits_of(classified, prototypes), y_qry))
     return all_gather(torch.tensor(found, dtype=torch.float64), len(tasks))
 
 

@@ -20,12 +20,13 @@ def make_prototypes(support, n_way, labels=None):
     where the number of rows is no multiple of n_way and there are no labels.
     """
     if labels is not None:
+        counts = class_counts(labels, n_way)
         sums = support.new_zeros(n_way, support.shape[1]).index_add_(0, labels, support)
-        return sums / class_counts(labels, n_way)[:, None]
+        return sums / counts[:, None]
     if len(support) % n_way:
         found = f"{len(support)} support features cannot be {n_way} classes of the same size"
         raise UserError(f"{found}; pass their labels to make_prototypes")
-    return support.view(n_way, -1, support.shape[1]).mean(dim=1)
+    return support.unflatten(0, (n_way, -1)).mean(dim=1)
 
 
 def class_counts(labels, n_way):
@@ -42,7 +43,8 @@ def distance_logits(features, prototypes):
     """Return minus the squared Euclidean distances as logits.
 
     features [B, D], prototypes [N, D] -> [B, N]. A softmax over them is p(class | image): Snell et
-    al. 2017, equation 2.
+    al. 2017, equation 2. A test computes the same by `linear_logits`, and `leave_one_out` relies on
+    a squared distance: whoever changes the metric changes it there as well.
     """
     return -(features[:, None] - prototypes[None]).square().sum(dim=2)
 
@@ -71,17 +73,23 @@ def prototype_head(prototypes):
     return 2 * prototypes, -prototypes.square().sum(dim=1)
 
 
+def linear_logits(features, prototypes):
+    """Return `distance_logits` plus |f|^2, which changes no probability, in much less memory."""
+    return F.linear(features, *prototype_head(prototypes))
+
+
 @torch.no_grad()
-def mean_loss(features, episodes, n_way, k_shot):
+def mean_loss(features, episodes, n_way, k_shot, logits_of=distance_logits):
     """Return (loss, accuracy) of the queries by nearest prototype, means over episodes.
 
-    features [num_images, D]; episodes int64 [E, n_way * (k_shot + Q)], indices into them.
+    features [num_images, D]; episodes int64 [E, n_way * (k_shot + Q)], indices into them;
+    logits_of(query, prototypes): [N*Q, D], [N, D] -> [N*Q, N].
     """
     num_support, num_query = n_way * k_shot, episodes.shape[1] - n_way * k_shot
     labels = episode_labels(n_way, num_query // n_way, features.device)  # [N*Q]
     losses, accuracies = [], []
     for support, query in (features[e].split([num_support, num_query]) for e in episodes):
-        logits = distance_logits(query, make_prototypes(support, n_way))  # [N*Q, N]
+        logits = logits_of(query, make_prototypes(support, n_way))  # [N*Q, N]
         losses.append(F.cross_entropy(logits, labels))
         accuracies.append(accuracy(logits, labels))
     return torch.stack(losses).mean().item(), torch.stack(accuracies).mean().item()

@@ -8,7 +8,7 @@ by class, then the query set, class by class. So its labels are always the same:
 
 import torch
 
-from common import UserError
+from common import UserError, first_line
 
 
 class FewShotBatchSampler:
@@ -101,7 +101,11 @@ class FewShotBatchSampler:
 
 def class_numbers(labels):
     """Return labels of shape [N] or [N, 1] as a tensor [N] on the CPU; else raise UserError."""
-    labels = torch.as_tensor(labels).cpu()
+    try:
+        labels = torch.as_tensor(labels).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        found = f"labels are no list of numbers ({first_line(error)})"
+        raise UserError(f"{found}; pass the class number of each image: dataset.targets") from error
     if labels.ndim == 2 and labels.shape[1] == 1:  # as Keras and MedMNIST have them
         labels = labels[:, 0]
     if labels.ndim != 1:

@@ -50,6 +50,8 @@ class TrainingRun:
         self.cfg, self.model, self.encoder, self.optimizer = cfg, model, encoder, optimizer
         self.generator, self.extra_module, self.data = generator, extra_module, data
         require_file_name(model, "a MODEL")
+        if model == "pixels" or model.endswith(("_last", "_finetuned")):
+            raise UserError(f"{model} would be taken for something else in a test; rename MODEL")
         self.path = os.path.join(cfg.checkpoint_dir, cfg.dataset, model)  # and .pt, _last.pt, ...
         self.history = []  # one dict per finished epoch, the rows of the CSV
         self.best = None  # the checkpoint of the best epoch so far
@@ -131,20 +133,25 @@ class TrainingRun:
         command = ["evaluate.py", f"--dataset={dataset}", f"--models={self.path}.pt"]
         if self.cfg.data_dir != os.environ.get("PATH_DATASETS", "data"):
             command.append(f"--data_dir={self.cfg.data_dir}")
+        fewest = torch.bincount(self.data.train.labels).min()
+        if fewest <= 32:  # evaluate.py's largest k needs an image more
+            command.append("--k_shots=" + ",".join(str(k) for k in (1, 2, 4, 8, 16) if k < fewest))
         print(f"wrote {self.path}.pt; next: {script_command(*command)}")
 
     def _find_last(self):
         """Return the state to go on from, if any; raise UserError where another run is there."""
         cfg, last_path = self.cfg, f"{self.path}_last.pt"
         there = [path for path in (last_path, f"{self.path}.pt") if os.path.exists(path)]
-        going_on = last_path in there and not cfg.overwrite
-        resume = cfg.resume.lower() == "true" or cfg.resume.lower() == "auto" and going_on
+        asked = cfg.resume.lower()
+        resume = asked == "true" or asked == "auto" and last_path in there
         for name in ("init_from", "teacher"):
             if os.path.abspath(getattr(cfg, name, "")) in map(os.path.abspath, there):
                 raise UserError(f"this run would overwrite {name}; pass another --checkpoint_dir")
-        if resume and (cfg.overwrite or last_path not in there):
-            found = "--overwrite=true discards it" if cfg.overwrite else "there is none"
-            raise UserError(f"--resume={cfg.resume} goes on with {last_path}, but {found}")
+        goes_on = f"--resume={cfg.resume} goes on with {last_path}, but"
+        if asked != "false" and cfg.overwrite:
+            raise UserError(f"{goes_on} --overwrite=true discards it; pass --overwrite=false")
+        if resume and last_path not in there:
+            raise UserError(f"{goes_on} there is none")
         if there and not (resume or cfg.overwrite):
             go_on = "add --resume=true to go on with it, " if last_path in there else "pass "
             raise UserError(
@@ -168,8 +175,6 @@ class TrainingRun:
         wrong += [f"{key} has changed" for key in same if last.get(key) != own[key]]
         if last["epoch"] > self.cfg.epochs:
             wrong.append(f"{last['epoch']} epochs are done and {self.cfg.epochs} asked for")
-        if last.get("step"):
-            wrong.append("it was saved within an epoch, as earlier versions did")
         if wrong:
             raise UserError(
                 f"cannot resume {path}: {'; '.join(wrong)}; put that back, or discard the run with "

@@ -124,10 +124,19 @@ def test_a_pretrained_network_is_tested_under_its_name_and_needs_no_training(
 
 
 @pytest.mark.parametrize(
-    "name", ["vgg", "torchvision:nothing", "absent.py:A", "my_encoder.py:B", "my_encoder.py:Maps"]
+    "name, why",
+    [
+        ("vgg", "there is no such network"),
+        ("torchvision:nothing", ""),
+        ("absent.py:A", ""),
+        ("my_encoder.py:B", "defines no B"),
+        ("my_encoder.py:Maps", "of one image it gives"),
+    ],
 )
-def test_a_network_that_cannot_be_made_is_one_line(name, networks, no_network):
-    with pytest.raises(UserError, match=f"encoder '{name}' cannot be made .*; take densenet, "):
+def test_a_network_that_cannot_be_made_is_one_line(name, why, networks, no_network):
+    with pytest.raises(
+        UserError, match=f"encoder '{name}' cannot be made .*{why}.*; take densenet, "
+    ):
         Encoder(name=name)
     with pytest.raises(UserError, match="'width'"):
         Encoder(width=3)

@@ -284,7 +284,7 @@ def test_what_is_not_used_is_named_and_the_rest_is_classified_as_without_it(fold
         ("support/c/*.png", None, "support/c holds no image"),
         ("support/c/2.png", b"no image", "c/2.png cannot be read as an image"),
         ("images/*", None, "images holds no image"),
-        ("model.pt", None, "there is no checkpoint .*model.pt"),
+        ("model.pt", None, "there is no file .*model.pt"),
     ],
 )
 def test_folders_that_cannot_work_are_refused_in_one_line_and_nothing_is_written(

@@ -193,6 +193,8 @@ def test_the_help_of_each_script_explains_every_option(script, capsys):
         ("evaluate", "--finetune_lr=0", "finetune_lr is 0.0, but "),
         ("train_protonet", "--lr_drops=0.5,1.5", "lr_drops is 0.5,1.5, but all(0 < share <= 1"),
         ("evaluate", "--min_view_area=0.4", "but views > 2 or min_view_area == 0.7 is needed"),
+        ("evaluate", "--n_way=20", "num_episodes is 0, but num_episodes >= 1 or (n_way, n_query)"),
+        ("evaluate", "--domains=cifar100", "domains is cifar100, but domains.count(dataset) == 0"),
         ("evaluate", "--k_shots=2,4,2", "k_shots is 2,4,2, but len(set(k_shots)) == len(k_shots)"),
         ("classify", "--unsure=1.5", "unsure is 1.5, but 0 <= unsure <= 1 is needed; pass another"),
     ],
@@ -236,7 +238,7 @@ def test_a_script_echoes_what_changed_and_ends_with_mains_code(run):
     "error, line",
     [
         (UserError("the basket\n  is empty; fill it"), "the basket is empty; fill it\n"),
-        (RuntimeError("no memory:\nyou tried too much"), "RuntimeError: no memory:; python -X dev"),
+        (RuntimeError("no memory:\nyou tried"), "RuntimeError: no memory: you tried; python"),
         (MemoryError(), "MemoryError: MemoryError; python -X dev script.py ... shows where"),
     ],
 )
@@ -253,6 +255,10 @@ def test_a_bug_keeps_its_traceback_and_in_dev_mode_a_librarys_error_too(run):
     with pytest.raises(RuntimeError, match="no memory"):
         run(RuntimeError("no memory"), dev_mode=True)
     assert run(UserError("empty"), dev_mode=True) == (2, "", "script.py: error: empty\n")
+    wrapped = UserError("an encoder cannot be made")
+    wrapped.__cause__ = ZeroDivisionError()
+    with pytest.raises(UserError):
+        run(wrapped, dev_mode=True)
 
 
 @pytest.mark.parametrize(

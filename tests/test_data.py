@@ -233,7 +233,7 @@ def test_it_is_said_how_large_images_were_what_is_not_used_and_what_is_there_twi
         f"{folder}/{name}" for name in ("bee/more", "bee/photo.heic", "notes.txt")
     )
     copy, first = folder / "bee" / "zz copy.png", folder / "bee" / "0.png"
-    assert copies.startswith("1 of 7 images are copies of others in their class, for example ")
+    assert copies.startswith("1 of 7 images, as cropped, are copies of others in their class, ")
     assert f"{copy} (class 'bee') and {first} (class 'bee')" in copies and "too high" in copies
     assert read == f"{folder}: 7 images in 2 classes, brought to 32x32"
 
@@ -290,6 +290,9 @@ def test_an_unreadable_image_is_named_and_nothing_is_kept(tmp_path, make):
     path = tmp_path / "mine" / "bee" / "2.png"
     make(path)
     message_of("mine", tmp_path, f"{path} cannot be read", "replace or remove it")
+    (other := path.with_name("3.png")).touch()
+    if path.exists():
+        message_of("mine", tmp_path, f"{path} cannot be read", f"(and 1 more: {other})")
     assert os.listdir(tmp_path) == ["mine"]
 
 

@@ -11,9 +11,11 @@ from PIL import Image
 import classify
 import evaluate
 import train_protonet
+from common import UserError
 from common.config import parse_config
 from common.data import load_dataset
 from common.figures import STYLES, style_of
+from common.prototypes import distance_logits
 
 CHANGES = {
     'MODEL = "protonet"': 'MODEL = "mymethod"',
@@ -41,6 +43,31 @@ def trained(glyph_dir, tmp_path, monkeypatch):
     run(script, *options, "--epochs=2", "--resume=true")
     assert len((tmp_path / "glyphs" / "mymethod.csv").read_text().splitlines()) == 3
     return tmp_path / "glyphs" / "mymethod.pt"
+
+
+@pytest.mark.parametrize("name", ["pixels", "mine_last", "mine_finetuned", "a/b"])
+def test_a_name_that_tests_take_for_something_else_is_refused(name, glyph_dir, monkeypatch):
+    monkeypatch.setattr(train_protonet, "MODEL", name)
+    with pytest.raises(UserError, match="MODEL"):
+        run(train_protonet, "--dataset=glyphs", f"--data_dir={glyph_dir}", "--device=cpu")
+
+
+def farthest(queries, prototypes):
+    return -distance_logits(queries, prototypes)
+
+
+def test_a_method_may_classify_by_a_rule_of_its_own(trained, glyph_dir, tmp_path, monkeypatch):
+    options = ["--dataset=glyphs", f"--data_dir={glyph_dir}", f"--models={trained}", "--domains="]
+    options += ["--k_shots=2", f"--results_dir={tmp_path}", "--device=cpu"]
+    found = []
+    for rules in ({}, {"mymethod": farthest}):
+        monkeypatch.setattr(evaluate, "LOGITS", rules)
+        evaluate.code_of_test.cache_clear()  # a result by another rule is not reused
+        run(evaluate, *options)
+        rows = json.loads((tmp_path / "accuracy.json").read_text())
+        found.append([row["accuracy"] for row in rows])
+    (nearest, pixels), (other, same_pixels) = found
+    assert other < nearest and pixels == same_pixels
 
 
 def test_a_copy_of_a_training_script_is_a_new_method(trained, glyph_dir, tmp_path, capsys):

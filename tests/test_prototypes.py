@@ -15,9 +15,9 @@ from common.prototypes import (
     distance_logits,
     episode_labels,
     leave_one_out,
+    linear_logits,
     make_prototypes,
     mean_loss,
-    prototype_head,
 )
 
 SIZES = [(5, 4, 64), (2, 1, 3), (10, 7, 1)]  # ways, shots, length of a feature
@@ -32,6 +32,8 @@ def test_a_prototype_is_the_mean_of_its_class(n_way, k_shot, dim):
     for c in range(n_way):
         total = sum(features[c * k_shot + shot] for shot in range(k_shot))
         torch.testing.assert_close(prototypes[c], total / k_shot)
+    maps = make_prototypes(features[:, :, None].expand(-1, -1, 2), n_way)  # of feature maps, too
+    torch.testing.assert_close(maps, prototypes[:, :, None].expand(-1, -1, 2))
     labels = [c for c in range(n_way) for _ in range(k_shot)]
     assert episode_labels(n_way, k_shot).tolist() == labels
 
@@ -52,8 +54,7 @@ def test_the_head_gives_the_softmax_of_the_distances(seed, n_way, dim, scale):
     generator = torch.Generator().manual_seed(seed)
     prototypes = scale * torch.randn(n_way, dim, generator=generator)
     features = scale * torch.randn(20, dim, generator=generator)
-    weight, bias = prototype_head(prototypes)
-    by_head = F.linear(features, weight, bias).softmax(dim=1)
+    by_head = linear_logits(features, prototypes).softmax(dim=1)
     by_distance = distance_logits(features.double(), prototypes.double()).softmax(dim=1)
     # Float32 logits of up to a few thousand carry an error of their own, which grows with them.
     tolerance = 1e-5 * max(1.0, scale**2 * dim / 8)

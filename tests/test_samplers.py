@@ -152,6 +152,9 @@ def test_a_column_of_labels_is_the_labels_and_other_shapes_are_refused(kind):
     for odd in ([flat, flat], [[[label]] for label in flat]):
         with pytest.raises(UserError, match=r"the shape \[.*one class number per image.*argmax"):
             FewShotBatchSampler(kind(odd), 2, 2)
+    for odd in (None, ["cat", "dog"], [(torch.zeros(3, 8, 8), 1)]):  # the data set itself
+        with pytest.raises(UserError, match="pass the class number of each image"):
+            FewShotBatchSampler(odd, 2, 2)
 
 
 @pytest.mark.parametrize("way, shot, query", [(0, 2, 2), (-1, 2, 2), (2, 0, 2), (2, 2, -1)])
