@@ -1,7 +1,7 @@
 """Measure the project's speed beside that of a first notebook and of other few-shot libraries.
 
     pip install -r benchmarks/requirements.txt    the libraries; one not installed is left out
-    python benchmarks/speed.py                    on an idle machine; 25 minutes on two CPU cores
+    python benchmarks/speed.py                    on an idle machine; 15 minutes on two CPU cores
     python benchmarks/speed.py --quick=true       the same lines in small, to see that they run
 
 What the others do is in peers.py; the project's steps and tests are its own, on CUDA as graphs.
