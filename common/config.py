@@ -40,7 +40,8 @@ def run_script(main, config_class, recipes=None, torchrun=True):
             raise UserError("several processes cannot share its work; start it without torchrun")
         cfg = parse_config(config_class, sys.argv[1:], recipes, inspect.getmodule(main).__doc__)
         if hasattr(cfg, "resume"):
-            stopped += "; add --resume=auto to go on after the last whole epoch"
+            kept = " --overwrite=false" if getattr(cfg, "overwrite", False) else ""
+            stopped += f"; add --resume=auto{kept} to go on after the last whole epoch"
         for line in changed_values(cfg):
             print(line, flush=True)
         code = main(cfg) or 0
