@@ -12,7 +12,7 @@ Tests what you trained on the data set, or else the models that come with the pr
 accuracy.json, .csv and .md and the figures into results/<dataset>/. What is there already for the
 same checkpoint, data, settings and code of the test is not computed again.
 
-On 2 CPU cores the first line takes half a minute, the second some minutes: there ProtoMAML and MAML
+On 2 CPU cores the first line takes 20 s, the second some minutes: there ProtoMAML and MAML
 adapt to four support sets per k. To adapt to all takes hours; a complete test by nearest prototype
 takes 20 s.
 """
@@ -99,7 +99,7 @@ class Config:
 # A recipe is what one would type behind the script's name.
 RECIPES = {
     "tutorial": "",
-    # Half a minute on a CPU: few episodes, few steps.
+    # 20 s on 2 CPU cores: few episodes, few steps.
     "quick": "--domains= --num_episodes=10 --n_way=10 --k_shots=1,5 --num_inner_steps=10",
     # A few minutes on a CPU; made the tables in results/quick.
     "glyphs": "--num_inner_steps=30 --max_support_sets=4",
