@@ -47,8 +47,8 @@ from common.parallel import is_first, on_first, process_count
 from common.prototypes import episode_labels, linear_logits
 from common.splits import class_split, split_classes, split_name
 
-# How a model classifies, where not by squared distance: {"mymethod": function}, which takes queries
-# [Q, D] and prototypes [N, D] and returns logits [Q, N].
+# How a model that does not adapt classifies, where not by squared distance: {"mymethod": function}.
+# The function takes queries [Q, D] and prototypes [N, D] and returns logits [Q, N].
 LOGITS = {}
 DEFAULT_DOMAINS = {"cifar100": ("svhn",), "glyphs": ("glyph_digits",)}
 
